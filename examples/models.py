@@ -1,0 +1,48 @@
+"""The networks of the examples: plain Keras, nothing sparse in here."""
+
+import keras
+from keras import layers
+
+
+def resnet(input_shape, classes, widths, blocks, weight_decay=0.0):
+    """CIFAR-style ResNet v1 with Batch Normalization.
+
+    ResNet-20 on CIFAR is `resnet((32, 32, 3), 10, widths=(16, 32, 64), blocks=3)`.
+
+    Args:
+        input_shape: (height, width, channels).
+        classes: Int, number of outputs (logits).
+        widths: Channels of each stage; every stage but the first halves the resolution.
+        blocks: Residual blocks per stage, two 3×3 convolutions each.
+        weight_decay: Coupled weight decay as the published recipes have it. Keras' L2 adds
+            `l2 · Σw²`, with gradient `2 · l2 · w`, hence half of it.
+    """
+
+    def regularizer():
+        return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+
+    def convolution(x, filters, size, stride=1):
+        x = layers.Conv2D(
+            filters,
+            size,
+            stride,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            kernel_regularizer=regularizer(),
+        )(x)
+        return layers.BatchNormalization()(x)
+
+    inputs = keras.Input(input_shape)
+    x = layers.ReLU()(convolution(inputs, widths[0], 3))
+    for stage, filters in enumerate(widths):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            y = layers.ReLU()(convolution(x, filters, 3, stride))
+            y = convolution(y, filters, 3)
+            if stride != 1 or x.shape[-1] != filters:
+                x = convolution(x, filters, 1, stride)
+            x = layers.ReLU()(layers.Add()([x, y]))
+    x = layers.GlobalAveragePooling2D()(x)
+    outputs = layers.Dense(classes, kernel_regularizer=regularizer(), name="classifier")(x)
+    return keras.Model(inputs, outputs, name="resnet")

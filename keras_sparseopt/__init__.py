@@ -1,0 +1,61 @@
+"""Sparse training for Keras 3: masked layers, SparseOpt, RigL and SET."""
+
+import keras
+
+if keras.backend.backend() not in ("tensorflow", "jax"):
+    raise ImportError(
+        "keras_sparseopt runs on the TensorFlow and JAX backends of Keras. Received: "
+        f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND before importing keras."
+    )
+
+from keras_sparseopt.analysis import effective_gradient_flow, itop_rate
+from keras_sparseopt.callbacks import SET, DynamicSparseTraining, RigL, Static
+from keras_sparseopt.conversion import (
+    masks_from_zeros,
+    set_mask,
+    sparse_layers,
+    sparsify,
+    strip,
+)
+from keras_sparseopt.cost import layer_costs, summary
+from keras_sparseopt.distributions import er, erk, uniform
+from keras_sparseopt.initializers import SparseHeNormal
+from keras_sparseopt.layers import (
+    SparseConv1D,
+    SparseConv2D,
+    SparseConv3D,
+    SparseDense,
+    SparseEinsumDense,
+)
+from keras_sparseopt.masks import drop_and_grow
+from keras_sparseopt.optimizers import HAM, SparseOpt
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HAM",
+    "SET",
+    "DynamicSparseTraining",
+    "RigL",
+    "SparseConv1D",
+    "SparseConv2D",
+    "SparseConv3D",
+    "SparseDense",
+    "SparseEinsumDense",
+    "SparseHeNormal",
+    "SparseOpt",
+    "Static",
+    "drop_and_grow",
+    "effective_gradient_flow",
+    "er",
+    "erk",
+    "itop_rate",
+    "layer_costs",
+    "masks_from_zeros",
+    "set_mask",
+    "sparse_layers",
+    "sparsify",
+    "strip",
+    "summary",
+    "uniform",
+]

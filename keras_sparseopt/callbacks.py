@@ -1,0 +1,501 @@
+"""Dynamic sparse training: when and how masks change."""
+
+import math
+import numbers
+import zlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparseopt import masks
+from keras_sparseopt.conversion import sparse_layers
+from keras_sparseopt.optimizers import SparseOpt
+
+
+def _find_sparse_opt(optimizer):
+    """The `SparseOpt` in a compiled optimizer, under loss scaling too."""
+    found = optimizer
+    if isinstance(found, keras.optimizers.LossScaleOptimizer):
+        found = found.inner_optimizer
+    if isinstance(found, SparseOpt):
+        return found
+    raise ValueError(
+        "The optimizer must be a SparseOpt: it moves masks, weights and slots together. "
+        "Compile with optimizer=keras_sparseopt.SparseOpt(optimizer); for masking without "
+        "the correction SparseOpt(optimizer, skew_correction=False). "
+        f"Received: optimizer={type(optimizer).__name__}"
+    )
+
+
+class DynamicSparseTraining(keras.callbacks.Callback):
+    """Base of the mask-update methods: drop the smallest weights, grow others, keep the count.
+
+    ```
+    every `update_every` optimizer steps t, begin_step ≤ t < end_step, for every sparse kernel:
+        n_update = floor(f(t) · n_active)          f(t) = drop_fraction/2 · (1 + cos(π t / end_step))
+        mask     = drop_and_grow(weights, mask, grow_scores, n_update)
+    ```
+
+    The update comes right after optimizer step t, from the weights after that step (and, for
+    RigL, the gradient of that step). A method is a subclass with its own `grow_scores`.
+
+    Put it in `fit(callbacks=[...])`, before callbacks that read its logs (`CSVLogger`) or
+    save the model. It writes `sparsity`, `drop_fraction`, `itop_rate` and `mask_change` (the
+    fraction of active weights that the last update made new) into the logs.
+
+    In a custom loop, the same object works without `fit`:
+
+    ```
+    method.begin(optimizer, total_steps)
+    for batch in data:
+        train_step(batch)          # calls optimizer.apply once
+        logs = method.step()
+    method.end()
+    ```
+
+    Nothing is kept here that a resume would need: the phase comes from
+    `optimizer.iterations`, random growth from (seed, kernel, step). Steps that loss scaling
+    skips do not count.
+
+    Args:
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        drop_fraction: Float in [0, 1), the fraction of active weights replaced at the start,
+            annealed by a cosine to 0 at `end_step`; or a Keras learning-rate schedule, a
+            function of the optimizer step. Defaults to 0.3.
+        begin_step: Int, no update before this optimizer step, defaults to 0.
+        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
+            the steps of this fit.
+        seed: Int, defaults to 0; of random growth.
+
+    Raises:
+        ValueError: For an argument out of range; at the start of training if the optimizer is
+            not a `SparseOpt`, the model holds no sparse layer, or `update_every` is not a
+            multiple of `steps_per_execution`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    class ByDistance(kso.DynamicSparseTraining):
+        # Grows the connections between the nearest units.
+        def grow_scores(self, index, kernel):
+            rows, columns = kernel.shape
+            distance = keras.ops.arange(rows)[:, None] - keras.ops.arange(columns)[None, :]
+            return -keras.ops.cast(keras.ops.abs(distance), "float32")
+
+    callback = ByDistance(update_every=10, end_step=100)
+    ```
+    """
+
+    # How many steps' dense gradients `grow_scores` needs; 0 for none.
+    _gradient_steps = 0
+
+    def __init__(
+        self, update_every=100, drop_fraction=0.3, begin_step=0, end_step=None, seed=0
+    ):
+        super().__init__()
+        _check_int("update_every", update_every, 1)
+        _check_int("begin_step", begin_step, 0)
+        if end_step is not None:
+            _check_int("end_step", end_step, begin_step + 1)
+        _check_int("seed", seed, 0)
+        if not isinstance(drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
+            _check_fraction(drop_fraction)
+        self.update_every = int(update_every)
+        self.drop_fraction = drop_fraction
+        self.begin_step = int(begin_step)
+        self.end_step = None if end_step is None else int(end_step)
+        self.seed = int(seed)
+        self.optimizer = None
+        self._logs = {}
+
+    def grow_scores(self, index, kernel):
+        """Scores by which connections grow, larger first.
+
+        Args:
+            index: Int, position of the kernel among `optimizer.sparse_kernels`.
+            kernel: Keras variable; `self.optimizer.dense_gradient(kernel)` is its gradient if
+                the method asked for gradients.
+
+        Returns:
+            Float tensor of the kernel's shape.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `grow_scores`.")
+
+    # ------------------------------------------------------------------ any training loop
+
+    def begin(self, optimizer, total_steps=None):
+        """Start. Call once before the loop, with a built optimizer.
+
+        Args:
+            optimizer: `SparseOpt`, also inside a `LossScaleOptimizer`.
+            total_steps: Int, optimizer steps of the whole training; needed with
+                `end_step=None`.
+
+        Returns:
+            Bool, whether the train step must be compiled again: the optimizer has begun to
+            keep dense gradients.
+        """
+        optimizer = _find_sparse_opt(optimizer)
+        if not optimizer.built:
+            raise ValueError(
+                "`optimizer` must be built: call optimizer.build(model.trainable_variables)."
+            )
+        if not optimizer.sparse_kernels:
+            raise ValueError(
+                "The optimizer trains no sparse layer. Convert the model with "
+                "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
+            )
+        self.optimizer = optimizer
+        self._end_step = self.end_step
+        if self._end_step is None and total_steps is not None:
+            self._end_step = math.ceil(0.75 * total_steps)
+        changed = False
+        if self._gradient_steps:
+            changed = optimizer.open_taps(self._gradient_steps, self.update_every)
+        optimizer.sync()
+        self._logs = {"mask_change": 0.0}
+        self._look_again()
+        return changed
+
+    def step(self, batches=1):
+        """Tell that the optimizer was applied; updates the masks when it is time.
+
+        Args:
+            batches: Int, how many times it was applied since the last call, defaults to 1.
+
+        Returns:
+            Dict with `sparsity`, `drop_fraction`, `itop_rate`, `mask_change`.
+        """
+        if self._may_be_due(batches):
+            self._update_if_due()
+        return dict(self._logs)
+
+    def end(self):
+        """Stop; frees the dense gradients."""
+        if self._gradient_steps:
+            self.optimizer.close_taps()
+
+    def _may_be_due(self, batches):
+        """Whether the step count can have crossed a multiple, without reading it.
+
+        Reading a variable waits for the device (and on JAX copies the whole state), so the
+        applied batches are counted here; skipped steps only make the count an upper bound.
+        """
+        self._pending += batches
+        accumulation = self.optimizer.base_optimizer.gradient_accumulation_steps or 1
+        return self._step + math.ceil(self._pending / accumulation) >= self._next
+
+    def _look_again(self):
+        self._step = int(ops.convert_to_numpy(self.optimizer.iterations))
+        self._pending = 0
+        self._next = (self._step // self.update_every + 1) * self.update_every
+        self._logs.update(
+            sparsity=self._sparsity(),
+            drop_fraction=self._current_drop_fraction(self._step),
+            itop_rate=self.optimizer.itop_rate(),
+        )
+
+    def _update_if_due(self):
+        before = self._step // self.update_every
+        self._step = int(ops.convert_to_numpy(self.optimizer.iterations))
+        self._pending = 0
+        if self._step // self.update_every == before:
+            return
+        if self._end_step is None:
+            raise ValueError(
+                "`end_step` must be given: the number of steps of this training is unknown. "
+                "Received: end_step=None"
+            )
+        if self.begin_step <= self._step < self._end_step:
+            self._update_masks()
+        self._look_again()
+
+    def _current_drop_fraction(self, step):
+        if isinstance(self.drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
+            value = float(ops.convert_to_numpy(self.drop_fraction(step)))
+            _check_fraction(value)
+            return value
+        if self._end_step is None:
+            return float(self.drop_fraction)
+        progress = min(step / self._end_step, 1.0)
+        return self.drop_fraction / 2 * (1 + math.cos(math.pi * progress))
+
+    def _update_masks(self):
+        fraction = self._current_drop_fraction(self._step)
+        kernels = self.optimizer.sparse_kernels
+        if self._gradient_steps and not self._gradients_are_finite(kernels):
+            print(
+                f"\n{type(self).__name__}: the dense gradient at step {self._step} is not "
+                "finite; the masks stay as they are."
+            )
+            return
+        changed = active = 0
+        for index, kernel in enumerate(kernels):
+            old = ops.convert_to_numpy(kernel.topology.mask)
+            num_active = int(old.sum())
+            num_update = math.floor(fraction * num_active)
+            active += num_active
+            if num_update == 0:
+                continue
+            scores = self.grow_scores(index, kernel)
+            weights = ops.convert_to_tensor(kernel)
+            new = masks.drop_and_grow(weights, old, scores, num_update)
+            new = ops.convert_to_numpy(new)
+            self.optimizer.rewire(kernel, new)
+            changed += int((new & ~old).sum())
+        self._logs["mask_change"] = changed / active
+
+    def _gradients_are_finite(self, kernels):
+        finite = [ops.all(ops.isfinite(self.optimizer.dense_gradient(k))) for k in kernels]
+        return bool(ops.convert_to_numpy(ops.all(ops.stack(finite))))
+
+    def _sparsity(self):
+        kernels = self.optimizer.sparse_kernels
+        active = sum(int(ops.convert_to_numpy(k.topology.mask).sum()) for k in kernels)
+        return 1.0 - active / sum(math.prod(k.shape) for k in kernels)
+
+    # ------------------------------------------------------------------ inside of `fit`
+
+    def on_train_begin(self, logs=None):
+        model = self.model
+        optimizer = _find_sparse_opt(model.optimizer)
+        if not sparse_layers(model):
+            raise ValueError(
+                "The model holds no sparse layer. Convert it with "
+                "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
+                f" Received: model '{model.name}'"
+            )
+        if self.update_every % model.steps_per_execution:
+            raise ValueError(
+                "`update_every` must be a multiple of `steps_per_execution`, or updates would "
+                f"come late. Received: update_every={self.update_every}, "
+                f"steps_per_execution={model.steps_per_execution}"
+            )
+        if self.end_step is None and self.params.get("steps") is None:
+            raise ValueError(
+                "`end_step` must be given when the number of steps per epoch is unknown. "
+                "Received: end_step=None"
+            )
+        if not model.optimizer.built:
+            with _scope(model):
+                model.optimizer.build(model.trainable_variables)
+        with _scope(model):
+            changed = self.begin(optimizer)
+        if changed:
+            model.make_train_function(force=True)
+        self._first_epoch = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last_batch = -1
+        if not self._first_epoch:
+            return
+        # Only now: BackupAndRestore may have restored the step count after our
+        # `on_train_begin`.
+        self._first_epoch = False
+        self.model  # JAX: attach the state
+        self.optimizer.sync()
+        if self.end_step is None:
+            accumulation = self.optimizer.base_optimizer.gradient_accumulation_steps or 1
+            steps = self.params["steps"] / accumulation
+            now = int(ops.convert_to_numpy(self.optimizer.iterations))
+            already = max(0, math.floor(now - epoch * steps))
+            self._end_step = math.ceil(already + 0.75 * self.params["epochs"] * steps)
+        self._look_again()
+
+    def on_train_batch_end(self, batch, logs=None):
+        batches, self._last_batch = batch - self._last_batch, batch
+        if self._may_be_due(batches):
+            self.model  # JAX: attach the state
+            self._update_if_due()
+        if logs is not None:
+            logs.update(self._logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs.update(self._logs)
+
+    def on_train_end(self, logs=None):
+        self.end()
+        if self._gradient_steps:
+            # The compiled step writes to the freed gradients; `fit` makes a new one.
+            self.model.train_function = None
+
+
+class RigL(DynamicSparseTraining):
+    """RigL: grow the connections whose dense gradient is largest.
+
+    ```
+    score = |g|          g: dense gradient of the loss at optimizer step t, all-reduced
+    ```
+
+    The gradient is the training step's own: no extra batch. Just-dropped connections may
+    grow again (and then keep weight and slots). If the gradient of an update step is not
+    finite, that update is left out.
+
+    Args:
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
+            optimizer step. Defaults to 0.3.
+        begin_step: Int, no update before this optimizer step, defaults to 0.
+        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
+            the steps of this fit.
+        growth_gradient: `"original"` (default) ranks by the gradient as it is, which raises
+            the ITOP rate; `"corrected"` by SparseOpt's `g · √(1−s_i)/√(1−s_avg)`. Layers with
+            `skew_correction=False` are ranked by the original one in both cases.
+        gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
+            steps, defaults to 1. At most `update_every`.
+        seed: Int; RigL draws nothing at random, kept for a uniform signature.
+
+    Raises:
+        ValueError: As `DynamicSparseTraining`; or for a wrong `growth_gradient` or
+            `gradient_steps`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([
+        keras.Input((20,)),
+        kso.SparseDense(32, sparsity=0.9),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(1),
+    ])
+    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+    history = model.fit(
+        np.random.rand(64, 20), np.random.rand(64, 1), batch_size=8, epochs=2, verbose=0,
+        callbacks=[kso.RigL(update_every=4)],
+    )
+    assert history.history["itop_rate"][-1] >= 1 - history.history["sparsity"][-1]
+    ```
+
+    References:
+        Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020;
+        the two growth gradients: Adnan et al., "SparseOpt", ICML 2026.
+    """
+
+    def __init__(
+        self,
+        update_every=100,
+        drop_fraction=0.3,
+        begin_step=0,
+        end_step=None,
+        growth_gradient="original",
+        seed=0,
+        gradient_steps=1,
+    ):
+        super().__init__(update_every, drop_fraction, begin_step, end_step, seed)
+        if growth_gradient not in ("original", "corrected"):
+            raise ValueError(
+                '`growth_gradient` must be "original" or "corrected". '
+                f"Received: growth_gradient={growth_gradient!r}"
+            )
+        _check_int("gradient_steps", gradient_steps, 1)
+        if gradient_steps > update_every:
+            raise ValueError(
+                "`gradient_steps` must be at most `update_every`. Received: "
+                f"gradient_steps={gradient_steps}, update_every={update_every}"
+            )
+        self.growth_gradient = growth_gradient
+        self.gradient_steps = self._gradient_steps = int(gradient_steps)
+
+    def grow_scores(self, index, kernel):
+        scores = ops.abs(self.optimizer.dense_gradient(kernel))
+        topology = kernel.topology
+        if self.growth_gradient == "corrected" and topology.skew_correction:
+            mask = ops.convert_to_tensor(topology.mask)
+            scale = masks.correction(mask, topology.neuron_axes)
+            scores = scores * ops.cast(scale, scores.dtype)
+        return scores
+
+
+class SET(DynamicSparseTraining):
+    """SET, sparse evolutionary training: grow connections uniformly at random.
+
+    ```
+    score ~ Uniform(0, 1), drawn from (seed, kernel index, optimizer step)
+    ```
+
+    The draw has no state, so it is the same on every replica and after a resume. The count of
+    active weights is exact (some codes draw each connection on its own and let it drift).
+
+    Args:
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
+            optimizer step. Defaults to 0.3.
+        begin_step: Int, no update before this optimizer step, defaults to 0.
+        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
+            the steps of this fit.
+        seed: Int, defaults to 0.
+
+    Raises:
+        ValueError: As `DynamicSparseTraining`.
+
+    Example:
+
+    ```python
+    import keras_sparseopt as kso
+
+    callback = kso.SET(update_every=100, drop_fraction=0.5, seed=1)
+    ```
+
+    References:
+        Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse
+        Connectivity Inspired by Network Science", Nature Communications 2018.
+    """
+
+    def grow_scores(self, index, kernel):
+        draw = zlib.crc32(np.array([self.seed, index, self._step], dtype="<i8").tobytes())
+        return keras.random.uniform(kernel.shape, seed=draw & 0x7FFFFFFF, dtype="float32")
+
+
+class Static(DynamicSparseTraining):
+    """Static sparse training: the masks never change; logs as the dynamic methods do.
+
+    Not needed for training with fixed masks (a `SparseOpt` alone does that), but a baseline
+    that differs from `RigL` or `SET` in this one name.
+
+    Example:
+
+    ```python
+    import keras_sparseopt as kso
+
+    callback = kso.Static()
+    ```
+    """
+
+    def __init__(self):
+        super().__init__(update_every=1, drop_fraction=0.0, end_step=1)
+
+    def _may_be_due(self, batches):
+        return False
+
+
+def _check_int(argument, value, minimum):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise ValueError(
+            f"`{argument}` must be an int ≥ {minimum}. Received: {argument}={value!r}"
+        )
+
+
+def _check_fraction(value):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1:
+        raise ValueError(
+            "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. "
+            f"Received: drop_fraction={value!r}"
+        )
+
+
+def _scope(model):
+    """The model's `tf.distribute` scope; nothing on other backends."""
+    import contextlib
+
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()

@@ -1,0 +1,328 @@
+"""Keras layers whose kernel carries a mask."""
+
+import math
+import random
+import weakref
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparseopt import masks
+from keras_sparseopt.initializers import SparseHeNormal
+
+
+class Topology:
+    """What an optimizer needs to know of a sparse kernel; it hangs on the Keras variable.
+
+    `kernel.topology` is the only link from optimizers to layers: an optimizer never sees
+    a layer, and a variable without a topology is an ordinary one.
+
+    Attributes:
+        mask: Bool `keras.Variable` of the kernel's shape, owned by the layer.
+        neuron_axes: Tuple of ints, the kernel axes that index neurons.
+        skew_correction: Bool, whether `SparseOpt` may correct this kernel's gradient.
+        name: String for messages, the layer's name.
+    """
+
+    def __init__(self, mask, neuron_axes, skew_correction, name):
+        self.mask = mask
+        self.neuron_axes = neuron_axes
+        self.skew_correction = skew_correction
+        self.name = name
+        self._optimizer = lambda: None
+
+    @property
+    def optimizer(self):
+        """The `SparseOpt` that trains this kernel, or `None`."""
+        return self._optimizer()
+
+    @optimizer.setter
+    def optimizer(self, optimizer):
+        self._optimizer = weakref.ref(optimizer)
+
+
+class _KernelView:
+    """A layer as its base class's `call` should see it: with the masked kernel."""
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)
+
+    @property
+    def kernel(self):
+        return self._layer.masked_kernel
+
+
+class _SparseKernelLayer:
+    """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
+
+    def __init__(self, *args, sparsity=0.0, seed=None, skew_correction=True, **kwargs):
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+            raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
+        if seed is not None and (
+            isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
+        ):
+            raise ValueError(
+                f"`seed` must be a non-negative int or None. Received: seed={seed!r}"
+            )
+        if not isinstance(skew_correction, bool):
+            raise ValueError(
+                "`skew_correction` must be a bool. "
+                f"Received: skew_correction={skew_correction!r}"
+            )
+        for refused in ("lora_rank", "lora_alpha", "quantization_config"):
+            if kwargs.get(refused) is not None:
+                raise ValueError(
+                    f"`{refused}` is not supported by {type(self).__name__}: "
+                    "strip the trained model and apply it to the plain layer. "
+                    f"Received: {refused}={kwargs[refused]!r}"
+                )
+        if kwargs.get("kernel_initializer") == "sparse_he_normal":
+            kwargs["kernel_initializer"] = SparseHeNormal()
+        super().__init__(*args, **kwargs)
+        if self.quantization_mode is not None:
+            raise ValueError(
+                f"{type(self).__name__} does not support a quantized `dtype` policy. "
+                f"Received: dtype={self.dtype_policy.name}"
+            )
+        self._initial_sparsity = float(sparsity)
+        self._skew_correction = skew_correction
+        self._config_seed = None if seed is None else int(seed)
+        # Python's generator, as Keras initializers do, so that
+        # `keras.utils.set_random_seed` makes unseeded layers reproducible.
+        self._seed = random.randrange(2**31) if seed is None else self._config_seed
+
+    def _find_neuron_axes(self, rank):
+        return (rank - 1,)
+
+    def add_weight(self, *args, **kwargs):
+        if kwargs.get("name") != "kernel":
+            return super().add_weight(*args, **kwargs)
+        shape = tuple(kwargs["shape"])
+        if math.prod(shape) > masks.MAX_KERNEL_SIZE:
+            raise ValueError(
+                f"A sparse kernel may hold at most {masks.MAX_KERNEL_SIZE} weights. "
+                f"Received: shape={shape} in layer '{self.name}'"
+            )
+        neuron_axes = self._find_neuron_axes(len(shape))
+        mask = masks.random_mask(shape, self._initial_sparsity, self._seed)
+        initializer = kwargs["initializer"]
+
+        def sparse_initializer(shape, dtype):
+            values = initializer(shape, dtype=dtype)
+            if isinstance(initializer, SparseHeNormal):
+                fan_in_axes = masks.fan_in_axes(len(shape), neuron_axes)
+                counts = mask.sum(axis=fan_in_axes, keepdims=True)
+                fan_in = math.prod(shape[axis] for axis in fan_in_axes)
+                scale = np.sqrt(fan_in / np.maximum(counts, 1))
+                values = values * ops.cast(scale, dtype)
+            return masks.masked(values, mask)
+
+        kernel = super().add_weight(*args, **{**kwargs, "initializer": sparse_initializer})
+        self.kernel_mask = super().add_weight(
+            name="kernel_mask",
+            shape=shape,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(mask),
+            dtype="bool",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+        )
+        kernel.topology = Topology(
+            self.kernel_mask, neuron_axes, self._skew_correction, self.name
+        )
+        return kernel
+
+    @property
+    def masked_kernel(self):
+        """The kernel with inactive weights exactly 0; its gradient is the *dense* one."""
+        kernel = ops.convert_to_tensor(self.kernel)
+        mask = ops.convert_to_tensor(self.kernel_mask)
+        inactive = ops.where(mask, ops.zeros_like(kernel), kernel)
+        return kernel - ops.stop_gradient(inactive)
+
+    def call(self, inputs):
+        return super().call.__func__(_KernelView(self), inputs)
+
+    @property
+    def skew_correction(self):
+        """Whether `SparseOpt` corrects this layer's gradient."""
+        return self._skew_correction
+
+    @property
+    def sparsity(self):
+        """Inactive fraction: of the mask once built, before that the one asked for."""
+        if not self.built:
+            return self._initial_sparsity
+        return 1.0 - float(ops.convert_to_numpy(self.kernel_mask).mean())
+
+    @property
+    def neuron_sparsity(self):
+        """Inactive fraction of each neuron's fan-in: NumPy array, one entry per neuron."""
+        mask = ops.convert_to_numpy(self.kernel_mask)
+        topology = self._kernel.topology
+        return 1.0 - mask.mean(axis=masks.fan_in_axes(mask.ndim, topology.neuron_axes))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "sparsity": self._initial_sparsity,
+            "seed": self._config_seed,
+            "skew_correction": self._skew_correction,
+        }
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        if self.built:
+            store["kernel_mask"] = self.kernel_mask
+
+    def load_own_variables(self, store):
+        if self.built:
+            self._check_store(store)
+        super().load_own_variables(store)
+        if self.built:
+            self.kernel_mask.assign(store["kernel_mask"])
+            optimizer = self._kernel.topology.optimizer
+            if optimizer is not None:
+                optimizer.sync(self._kernel)
+
+    def _check_store(self, store):
+        if "kernel_mask" not in store.keys():
+            raise ValueError(
+                f"Layer '{self.name}' ({type(self).__name__}) needs a `kernel_mask`, but the "
+                "file holds a dense layer. Load the file into the dense model, then call "
+                "`sparsify` on it."
+            )
+        mask, kernel = np.asarray(store["kernel_mask"]), np.asarray(store["0"])
+        shape = tuple(self._kernel.shape)
+        if mask.shape != shape or mask.dtype != bool or kernel.shape != shape:
+            raise ValueError(
+                f"The file does not fit layer '{self.name}': `kernel_mask` must be bool of "
+                f"shape {shape}. Received: kernel_mask of dtype {mask.dtype} and shape "
+                f"{mask.shape}, kernel of shape {kernel.shape}"
+            )
+        if np.any(kernel[~mask]):
+            raise ValueError(
+                f"The file does not fit layer '{self.name}': the kernel must be 0 wherever "
+                "`kernel_mask` is False. Received: "
+                f"{np.count_nonzero(kernel[~mask])} non-zero inactive weights"
+            )
+
+    def enable_lora(self, *args, **kwargs):
+        raise NotImplementedError(
+            f"`enable_lora` is not supported by {type(self).__name__}: it would freeze the "
+            "sparse kernel. Strip the trained model and call it on the plain layer."
+        )
+
+    def quantize(self, *args, **kwargs):
+        raise NotImplementedError(
+            f"`quantize` is not supported by {type(self).__name__}. "
+            "Strip the trained model and quantize the plain layer."
+        )
+
+
+_SPARSE_ARGS = """sparsity: Float in [0, 1), the inactive fraction, defaults to 0.0 (dense).
+            The mask is random and exact: `round((1 − sparsity) · kernel size)` weights
+            are active, at least one.
+        seed: Int or `None` (default), seed of the random mask. With `None` the mask follows
+            `keras.utils.set_random_seed`.
+        skew_correction: Bool, defaults to `True`. `False` excludes the layer from
+            `SparseOpt`'s correction: right for a layer that does not feed a normalization
+            layer, such as a classifier head.
+        **kwargs: Every other argument of `keras.layers.{base}`, except LoRA and
+            quantization. `kernel_initializer="sparse_he_normal"` draws by each neuron's
+            actual fan-in.
+
+    Attributes (once built):
+        kernel_mask: Bool variable of the kernel's shape, not trainable, `True` = active.
+        sparsity: Float, read off the mask.
+        neuron_sparsity: NumPy array, the inactive fraction of every neuron's fan-in.
+
+    The forward pass uses `kernel · kernel_mask`; the gradient that reaches the kernel is the
+    dense one, which `RigL` ranks. Train it with `SparseOpt`, which masks that gradient.
+    `{neuron}`
+
+    Raises:
+        ValueError: For a wrong `sparsity`, `seed` or `skew_correction`, or for LoRA or
+            quantization arguments.
+"""
+
+_EXAMPLE = """
+    Example:
+
+    ```python
+    import numpy as np
+    import keras_sparseopt as kso
+
+    layer = kso.{call}
+    outputs = layer(np.ones({shape}, "float32"))
+    assert abs(layer.sparsity - 0.9) < 0.01
+    ```
+"""
+
+
+def _document(cls, base, args, neuron, call, shape):
+    cls.__doc__ = (
+        f"`keras.layers.{base}` with a sparse kernel.\n\n    Args:\n        {args}\n        "
+        + _SPARSE_ARGS.replace("{base}", base).replace("`{neuron}`", neuron)
+        + _EXAMPLE.format(call=call, shape=shape)
+    )
+    return keras.saving.register_keras_serializable(package="keras_sparseopt")(cls)
+
+
+class SparseDense(_SparseKernelLayer, keras.layers.Dense):
+    pass
+
+
+class SparseConv1D(_SparseKernelLayer, keras.layers.Conv1D):
+    pass
+
+
+class SparseConv2D(_SparseKernelLayer, keras.layers.Conv2D):
+    pass
+
+
+class SparseConv3D(_SparseKernelLayer, keras.layers.Conv3D):
+    pass
+
+
+class SparseEinsumDense(_SparseKernelLayer, keras.layers.EinsumDense):
+    def _find_neuron_axes(self, rank):
+        operands, output = self.equation.replace("...", "").replace(" ", "").split("->")
+        labels = operands.split(",")[1]
+        return tuple(axis for axis in range(rank) if labels[axis] in output)
+
+
+_LAST_AXIS = "A neuron is one output unit: the last axis of the kernel."
+_CONV = (
+    "filters: Int, the number of output channels.\n"
+    "        kernel_size: Int or tuple of ints, the window."
+)
+_document(
+    SparseDense, "Dense", "units: Int, the number of output units.", _LAST_AXIS,
+    "SparseDense(64, sparsity=0.9)", "(2, 32)",
+)  # fmt: skip
+_document(
+    SparseConv1D, "Conv1D", _CONV, _LAST_AXIS,
+    "SparseConv1D(16, 3, sparsity=0.9)", "(2, 12, 8)",
+)  # fmt: skip
+_document(
+    SparseConv2D, "Conv2D", _CONV, _LAST_AXIS,
+    'SparseConv2D(16, 3, padding="same", sparsity=0.9)', "(2, 8, 8, 8)",
+)  # fmt: skip
+_document(
+    SparseConv3D, "Conv3D", _CONV, _LAST_AXIS,
+    "SparseConv3D(16, 3, sparsity=0.9)", "(2, 4, 4, 4, 8)",
+)  # fmt: skip
+_document(
+    SparseEinsumDense, "EinsumDense",
+    "equation: String, an einsum of input and kernel, such as `\"abc,cde->abde\"`.\n"
+    "        output_shape: Int or tuple of ints, as in `EinsumDense`.",
+    "A neuron is one combination of the kernel axes that appear in the output.",
+    'SparseEinsumDense("abc,cde->abde", output_shape=(None, 4, 8), sparsity=0.9)', "(2, 5, 32)",
+)  # fmt: skip

@@ -1,0 +1,414 @@
+"""SparseOpt: masks and corrects gradients before any inner optimizer sees them."""
+
+import contextlib
+import math
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparseopt import masks
+from keras_sparseopt.optimizers.wrapper import WrapperOptimizer, init_scope
+
+
+class _Kernel:
+    """One sparse kernel as its optimizer sees it."""
+
+    def __init__(self, variable, slots, explored):
+        self.variable = variable
+        self.topology = variable.topology
+        self.slots = slots
+        self.explored = explored
+        self.tap = None
+        # JAX's stateless step sees optimizer variables, not the layer's mask.
+        self.mask_copy = None
+        if keras.backend.backend() == "jax":
+            self.mask_copy = keras.Variable(
+                ops.convert_to_numpy(self.topology.mask), dtype="bool", trainable=False
+            )
+
+    @property
+    def mask(self):
+        source = self.topology.mask if self.mask_copy is None else self.mask_copy
+        return ops.convert_to_tensor(source)
+
+    def set_topology(self, mask):
+        """Mask, weights and slots move together; NumPy `mask`."""
+        mask = np.array(mask)
+        survives = mask & ops.convert_to_numpy(self.topology.mask)
+        for variable in (self.variable, *self.slots):
+            variable.assign(masks.masked(ops.convert_to_tensor(variable), survives))
+        self.topology.mask.assign(mask)
+        if self.mask_copy is not None:
+            # A copy: JAX cannot donate one buffer twice.
+            self.mask_copy.assign(mask.copy())
+        seen = ops.convert_to_numpy(self.explored) | np.packbits(mask)
+        self.explored.assign(seen)
+
+
+class _Kernels:
+    """Hides the records from Keras' and TensorFlow's attribute tracking."""
+
+    def __init__(self):
+        self.by_index = {}
+        self.tap_window = 1
+        self.tap_interval = None
+
+    def __iter__(self):
+        return iter(self.by_index.values())
+
+
+@keras.saving.register_keras_serializable(package="keras_sparseopt")
+class SparseOpt(WrapperOptimizer):
+    """SparseOpt: trains sparse layers with any Keras optimizer, without gradient skew.
+
+    For every kernel that carries a mask (see `SparseDense`, `sparsify`):
+
+    ```
+    s_i   = 1 − nnz(mask of neuron i) / fan_in
+    s_avg = mean of s_i over the layer's neurons
+    g'    = g · mask · √(1 − s_i) / √(1 − s_avg)
+    w     ← inner_optimizer(w, g')
+    ```
+
+    A Batch Normalization that follows a sparse layer divides each neuron by its own σ and so
+    amplifies its gradient by `1/√(1 − s_i)`: the correction takes that back and keeps the
+    layer's gradient norm about where it was. Equal fan-ins, and dense layers, are left
+    exactly as they are; variables without a mask go to the inner optimizer untouched.
+    Clipping, weight decay, EMA and accumulation are the inner optimizer's and act on `g'`.
+
+    Adam-like inner optimizers divide most of a constant per-neuron scale back out, so the
+    correction acts on them mainly through its changes at mask updates.
+
+    Inactive weights, and all their optimizer slots, are exactly 0 after every step.
+
+    Args:
+        inner_optimizer: Keras optimizer, its name or its config. Refused by name: Adafactor,
+            Ftrl, MultiOptimizer and LossScaleOptimizer (which goes outside).
+        skew_correction: Bool, defaults to `True`. `False` masks only: the honest baseline.
+            A layer built with `skew_correction=False` is never corrected.
+        renormalize: Bool, defaults to `False`. `True` rescales each corrected gradient to the
+            norm that the masked one had, which isolates the change of direction.
+        name: String or `None`.
+
+    Raises:
+        ValueError: For an argument of the wrong kind or a refused inner optimizer.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([
+        keras.Input((20,)),
+        kso.SparseDense(32, sparsity=0.9, use_bias=False),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(1),
+    ])
+    optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9))
+    model.compile(optimizer=optimizer, loss="mse")
+    model.fit(np.ones((8, 20)), np.ones((8, 1)), verbose=0)
+    ```
+
+    References:
+        Adnan et al., "SparseOpt", ICML 2026, arXiv 2605.27541.
+    """
+
+    refused = WrapperOptimizer.refused | {
+        "SparseOpt": "the correction would be applied twice",
+        "Adafactor": "its factored second moment mixes active and inactive weights "
+        "(rows without active weights divide 0 by 0)",
+        "Ftrl": "it divides by an accumulator that is 0 at inactive weights; "
+        "use Adagrad instead",
+    }
+
+    def __init__(self, inner_optimizer, skew_correction=True, renormalize=False, name=None):
+        for argument, value in (
+            ("skew_correction", skew_correction),
+            ("renormalize", renormalize),
+        ):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{argument}` must be a bool. Received: {argument}={value!r}")
+        super().__init__(inner_optimizer, name=name)
+        self.skew_correction = skew_correction
+        self.renormalize = renormalize
+        self._kernels = _Kernels()
+
+    def build(self, variables):
+        if self.built:
+            return
+        with init_scope():
+            with self._recorded_slots() as slots:
+                super().build(variables)
+            for index, variable in enumerate(variables):
+                if getattr(variable, "topology", None) is not None:
+                    self._adopt(index, variable, slots.get(self._var_key(variable), []))
+            self._check_slots(slots)
+            self.sync()
+        if not self._kernels.by_index:
+            warnings.warn(
+                "SparseOpt found no sparse layer among the trainable variables and acts as "
+                "the inner optimizer alone. Convert the model with "
+                "`keras_sparseopt.sparsify(model, sparsity)` or use its layers.",
+                stacklevel=2,
+            )
+
+    @contextlib.contextmanager
+    def _recorded_slots(self):
+        """Which slots belong to which variable, recorded while the base optimizer makes them."""
+        base, slots = self.base_optimizer, {}
+        original = base.add_variable_from_reference
+
+        def record(reference_variable, *args, **kwargs):
+            slot = original(reference_variable, *args, **kwargs)
+            slots.setdefault(self._var_key(reference_variable), []).append(slot)
+            return slot
+
+        # Through `__dict__`: Keras tracks attributes that are set the usual way.
+        base.__dict__["add_variable_from_reference"] = record
+        try:
+            yield slots
+        finally:
+            del base.__dict__["add_variable_from_reference"]
+
+    def _adopt(self, index, variable, slots):
+        size = math.prod(variable.shape)
+        explored = self.add_variable(
+            shape=(-(-size // 8),),
+            dtype="uint8",
+            name=f"{variable.path.replace('/', '_')}_explored",
+        )
+        slots = [slot for slot in slots if tuple(slot.shape) == tuple(variable.shape)]
+        self._kernels.by_index[index] = _Kernel(variable, slots, explored)
+        variable.topology.optimizer = self
+
+    def _check_slots(self, slots):
+        followed = {id(slot) for group in slots.values() for slot in group}
+        shapes = {tuple(kernel.variable.shape) for kernel in self._kernels}
+        for variable in self.base_optimizer.variables:
+            if tuple(variable.shape) in shapes and id(variable) not in followed:
+                raise ValueError(
+                    f"{type(self.base_optimizer).__name__} holds a slot that SparseOpt cannot "
+                    f"follow through mask updates: '{variable.path}' was not made by "
+                    "`add_variable_from_reference` or `add_optimizer_variables`."
+                )
+
+    # ------------------------------------------------------------------ one training step
+
+    def apply(self, grads, trainable_variables=None):
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+        elif not self.built:
+            raise ValueError(
+                "`apply` without `trainable_variables` needs a built optimizer. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        variables = trainable_variables or self._trainable_variables
+        kernels = [self._find(variable) for variable in variables]
+        grads = [
+            grad if kernel is None or grad is None else self._tap_and_correct(grad, kernel)
+            for grad, kernel in zip(grads, kernels)
+        ]
+        self.inner_optimizer.apply(grads, trainable_variables)
+        for kernel in kernels:
+            if kernel is not None and self._moves_inactive_weights(kernel):
+                variable = kernel.variable
+                self.assign(
+                    variable, masks.masked(ops.convert_to_tensor(variable), kernel.mask)
+                )
+
+    def _find(self, variable):
+        index = self._trainable_variables_indices.get(self._var_key(variable))
+        return self._kernels.by_index.get(index)
+
+    def _tap_and_correct(self, grad, kernel):
+        if kernel.tap is not None:
+            self._tap(grad, kernel)
+        mask = kernel.mask
+        masked = masks.masked(grad, mask)
+        if not (self.skew_correction and kernel.topology.skew_correction):
+            return masked
+        scale = masks.correction(mask, kernel.topology.neuron_axes)
+        corrected = masked * ops.cast(scale, grad.dtype)
+        if self.renormalize:
+            before, after = (ops.sqrt(ops.sum(ops.square(g))) for g in (masked, corrected))
+            corrected = corrected * ops.where(after > 0, before / after, 1.0)
+        return corrected
+
+    def _moves_inactive_weights(self, kernel):
+        # Muon orthogonalises the whole matrix; a constraint may return anything.
+        return (
+            kernel.variable.constraint is not None
+            or type(self.base_optimizer).__name__ == "Muon"
+        )
+
+    # ------------------------------------------------------------------ topology
+
+    @property
+    def sparse_kernels(self):
+        """The sparse kernels (Keras variables) that this optimizer trains, in order."""
+        return [kernel.variable for kernel in self._kernels]
+
+    def rewire(self, kernel, new_mask):
+        """Change one kernel's topology: mask, weights and slots together.
+
+        Connections in both masks keep weight and slots. New ones start with weight 0 and
+        slots 0; dropped ones become 0, slots included.
+
+        Args:
+            kernel: Keras variable, one of `sparse_kernels` (a layer's `kernel`).
+            new_mask: Bool array of the kernel's shape.
+
+        Raises:
+            ValueError: If the kernel is not trained by this optimizer, or the mask does not
+                fit. Nothing has changed then.
+        """
+        record = self._find(kernel) if self.built else None
+        if record is None:
+            raise ValueError(
+                "`kernel` must be a sparse kernel that this optimizer was built with. "
+                f"Received: kernel={getattr(kernel, 'path', kernel)}"
+            )
+        record.set_topology(masks.check_mask(new_mask, record.variable.shape))
+
+    def sync(self, kernel=None):
+        """Take over masks that were changed from outside, such as by `set_weights`.
+
+        Zeroes what the present masks make inactive, in weights and slots. Loading a file,
+        `set_mask` and the callbacks do this by themselves.
+
+        Args:
+            kernel: One sparse kernel, or `None` (default) for all.
+        """
+        for record in self._kernels if kernel is None else [self._find(kernel)]:
+            record.set_topology(ops.convert_to_numpy(record.topology.mask))
+
+    def itop_rate(self):
+        """In-time over-parameterisation: the fraction of sparse weights ever active.
+
+        ```
+        R = |∪_t mask_t| / (all weights of the sparse kernels), initial masks included
+        ```
+
+        Saved with the optimizer, so it survives a resume.
+
+        References:
+            Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021.
+        """
+        explored = sum(
+            int(np.unpackbits(ops.convert_to_numpy(kernel.explored)).sum())
+            for kernel in self._kernels
+        )
+        total = sum(math.prod(kernel.variable.shape) for kernel in self._kernels)
+        return explored / total
+
+    # ------------------------------------------------------------------ dense gradients
+
+    def open_taps(self, steps=1, every=None):
+        """Start to keep the dense gradient of every sparse kernel.
+
+        The train function must be made again after that
+        (`model.make_train_function(force=True)`); the callbacks do it.
+
+        Args:
+            steps: Int, how many optimizer steps the kept gradient is averaged over.
+            every: Int, the averaging window ends at multiples of this step count; needed
+                with `steps` > 1 or with gradient accumulation.
+
+        Returns:
+            Bool, whether anything changed.
+        """
+        accumulation = self.base_optimizer.gradient_accumulation_steps or 1
+        window = steps * accumulation
+        interval = None if window == 1 else every * accumulation
+        state = self._kernels
+        unchanged = (state.tap_window, state.tap_interval) == (window, interval)
+        if unchanged and all(kernel.tap is not None for kernel in state):
+            return False
+        state.tap_window, state.tap_interval = window, interval
+        for kernel in state:
+            kernel.tap = keras.Variable(
+                keras.initializers.Zeros(),
+                shape=kernel.variable.shape,
+                dtype=kernel.variable.dtype,
+                trainable=False,
+                # Keras scales the loss by 1/replicas, so the sum is the global gradient.
+                aggregation="sum",
+                synchronization="on_read",
+                name=f"{kernel.variable.path.replace('/', '_')}_dense_gradient",
+            )
+        return True
+
+    def close_taps(self):
+        """Stop keeping dense gradients and free them."""
+        for kernel in self._kernels:
+            kernel.tap = None
+
+    def dense_gradient(self, kernel):
+        """The dense gradient kept for one sparse kernel, all-reduced over replicas.
+
+        Args:
+            kernel: Keras variable, one of `sparse_kernels`.
+
+        Returns:
+            Tensor of the kernel's shape, neither masked nor corrected.
+        """
+        record = self._find(kernel)
+        if record is None or record.tap is None:
+            raise ValueError("No dense gradient is kept: call `open_taps` before training.")
+        return ops.convert_to_tensor(record.tap)
+
+    def _tap(self, grad, kernel):
+        if self.loss_scale_factor is not None:
+            grad = grad / self.loss_scale_factor
+        window, interval = self._kernels.tap_window, self._kernels.tap_interval
+        if window > 1:
+            position = self.base_optimizer._iterations % interval
+            tap = ops.convert_to_tensor(kernel.tap)
+            restart = position <= interval - window
+            grad = ops.where(restart, ops.zeros_like(tap), tap) + grad / window
+        kernel.tap.assign(grad)
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def _saved_variables(self):
+        return super().variables
+
+    @property
+    def variables(self):
+        # Mask copies and taps are part of JAX's step state but follow from other state,
+        # so they are never saved.
+        transient = []
+        if keras.backend.backend() == "jax":
+            for kernel in self._kernels:
+                transient += [v for v in (kernel.mask_copy, kernel.tap) if v is not None]
+        return self._saved_variables + transient
+
+    def save_own_variables(self, store):
+        for i, variable in enumerate(self._saved_variables):
+            store[str(i)] = ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        if len(store.keys()) != len(self._saved_variables):
+            warnings.warn(
+                f"Skipping variable loading for optimizer '{self.name}': it has "
+                f"{len(self._saved_variables)} variables, the file {len(store.keys())}.",
+                stacklevel=2,
+            )
+            return
+        for i, variable in enumerate(self._saved_variables):
+            variable.assign(store[str(i)])
+        # The layers' masks may still be the old ones here; they call `sync` when they load.
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "skew_correction": self.skew_correction,
+            "renormalize": self.renormalize,
+        }

@@ -1,0 +1,122 @@
+"""What `SparseOpt` and `HAM` share: being a Keras optimizer around another one."""
+
+import contextlib
+
+import keras
+
+
+def init_scope():
+    """Eager execution, also when called while a `tf.function` is being traced."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope()
+    return contextlib.nullcontext()
+
+
+class WrapperOptimizer(keras.optimizers.Optimizer):
+    """Delegates everything to `inner_optimizer`; subclasses change gradients or weights.
+
+    Learning rate, schedules, weight decay, clipping, EMA, gradient accumulation and loss
+    scaling stay the inner optimizer's business.
+
+    Args:
+        inner_optimizer: Keras optimizer, its name or its config.
+        name: String or `None`.
+    """
+
+    # Optimizer class name → why it cannot be the (innermost) inner optimizer.
+    refused = {
+        "LossScaleOptimizer": "it must be outermost: LossScaleOptimizer({self}(optimizer))",
+        "MultiOptimizer": "it has no single learning rate and step count; use one "
+        "optimizer per training run",
+    }
+
+    def __init__(self, inner_optimizer, name=None):
+        if not isinstance(inner_optimizer, (keras.optimizers.Optimizer, str, dict)):
+            raise ValueError(
+                "`inner_optimizer` must be a Keras optimizer, its name or its config. "
+                f"Received: inner_optimizer={inner_optimizer!r}"
+            )
+        inner_optimizer = keras.optimizers.get(inner_optimizer)
+        self._refuse(inner_optimizer)
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+
+    @classmethod
+    def _refuse(cls, inner_optimizer):
+        while inner_optimizer is not None:
+            kind = type(inner_optimizer).__name__
+            if kind in cls.refused:
+                raise ValueError(
+                    f"{cls.__name__} does not accept {kind} as inner optimizer: "
+                    f"{cls.refused[kind].format(self=cls.__name__)}. "
+                    f"Received: inner_optimizer={kind}"
+                )
+            inner_optimizer = getattr(inner_optimizer, "inner_optimizer", None)
+
+    @property
+    def base_optimizer(self):
+        """The innermost optimizer: the one that holds the slots and the step count."""
+        optimizer = self.inner_optimizer
+        while isinstance(optimizer, WrapperOptimizer):
+            optimizer = optimizer.inner_optimizer
+        return optimizer
+
+    def build(self, variables):
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                self.build(trainable_variables)
+        self.inner_optimizer.apply(grads, trainable_variables)
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def loss_scale_factor(self):
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value):
+        # The base constructor assigns it before there is an inner optimizer.
+        if "inner_optimizer" in self.__dict__:
+            self.inner_optimizer.loss_scale_factor = value
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        return {"name": self.name, "inner_optimizer": inner}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner_optimizer"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)
