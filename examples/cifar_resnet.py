@@ -43,9 +43,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dataset", choices=["cifar10", "cifar100"], default="cifar10")
     parser.add_argument("--data_dir", help="where tfds keeps (or puts) the dataset")
-    parser.add_argument(
-        "--method", choices=["rigl", "set", "static", "dense"], default="rigl"
-    )
+    parser.add_argument("--method", choices=["rigl", "set", "static", "dense"], default="rigl")
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--distribution", choices=["erk", "er", "uniform"], default="erk")
     parser.add_argument(

@@ -101,8 +101,6 @@ def itop_rate(masks):
         raise ValueError(f"`masks` must not be empty. Received: masks={masks!r}")
     shapes = [[mask.shape for mask in layers] for layers in times]
     if any(other != shapes[0] for other in shapes):
-        raise ValueError(
-            f"`masks` must have the same shapes at every time. Received: {shapes}"
-        )
+        raise ValueError(f"`masks` must have the same shapes at every time. Received: {shapes}")
     ever = [np.logical_or.reduce(layer) for layer in zip(*times)]
     return float(sum(m.sum() for m in ever) / sum(m.size for m in ever))

@@ -1,8 +1,10 @@
 """Dynamic sparse training: when and how masks change."""
 
+import contextlib
 import math
 import numbers
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,7 +35,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     ```
     every `update_every` optimizer steps t, begin_step ≤ t < end_step, for every sparse kernel:
-        n_update = floor(f(t) · n_active)          f(t) = drop_fraction/2 · (1 + cos(π t / end_step))
+        f(t)     = drop_fraction/2 · (1 + cos(π t / end_step))
+        n_update = floor(f(t) · n_active)
         mask     = drop_and_grow(weights, mask, grow_scores, n_update)
     ```
 
@@ -93,9 +96,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     # How many steps' dense gradients `grow_scores` needs; 0 for none.
     _gradient_steps = 0
 
-    def __init__(
-        self, update_every=100, drop_fraction=0.3, begin_step=0, end_step=None, seed=0
-    ):
+    def __init__(self, update_every=100, drop_fraction=0.3, begin_step=0, end_step=None, seed=0):
         super().__init__()
         _check_int("update_every", update_every, 1)
         _check_int("begin_step", begin_step, 0)
@@ -109,8 +110,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
-        self.optimizer = None
-        self._logs = {}
+        self.optimizer: Any = None
+        self._logs: dict[str, float] = {}
 
     def grow_scores(self, index, kernel):
         """Scores by which connections grow, larger first.
@@ -296,7 +297,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         # Only now: BackupAndRestore may have restored the step count after our
         # `on_train_begin`.
         self._first_epoch = False
-        self.model  # JAX: attach the state
+        self._attach_state()
         self.optimizer.sync()
         if self.end_step is None:
             accumulation = self.optimizer.base_optimizer.gradient_accumulation_steps or 1
@@ -309,10 +310,15 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         batches, self._last_batch = batch - self._last_batch, batch
         if self._may_be_due(batches):
-            self.model  # JAX: attach the state
+            self._attach_state()
             self._update_if_due()
         if logs is not None:
             logs.update(self._logs)
+
+    def _attach_state(self):
+        # In the middle of an epoch JAX holds the state outside of the variables; reading
+        # `model` puts it back. It costs, so only where variables are read.
+        _ = self.model
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
@@ -479,9 +485,7 @@ class Static(DynamicSparseTraining):
 
 def _check_int(argument, value, minimum):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise ValueError(
-            f"`{argument}` must be an int ≥ {minimum}. Received: {argument}={value!r}"
-        )
+        raise ValueError(f"`{argument}` must be an int ≥ {minimum}. Received: {argument}={value!r}")
 
 
 def _check_fraction(value):
@@ -495,7 +499,5 @@ def _check_fraction(value):
 
 def _scope(model):
     """The model's `tf.distribute` scope; nothing on other backends."""
-    import contextlib
-
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()

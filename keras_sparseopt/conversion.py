@@ -47,11 +47,7 @@ def sparse_layers(model):
     assert [layer.units for layer in kso.sparse_layers(model)] == [4]
     ```
     """
-    return [
-        layer
-        for layer in model._flatten_layers()
-        if isinstance(layer, sparse._SparseKernelLayer)
-    ]
+    return [layer for layer in model._flatten_layers() if isinstance(layer, sparse.SparseLayer)]
 
 
 def sparsify(model, sparsity, distribution="erk", exclude=(), seed=0):
@@ -206,7 +202,7 @@ def set_mask(layer, mask):
     assert layer.sparsity == 0.5
     ```
     """
-    if not isinstance(layer, sparse._SparseKernelLayer):
+    if not isinstance(layer, sparse.SparseLayer):
         raise TypeError(f"`layer` must be a sparse layer. Received: layer={layer!r}")
     if not layer.built:
         raise ValueError(
@@ -287,7 +283,7 @@ def _check_clonable(model):
 
 def _graph_layers(model):
     """Ids of the layers that are operations of the model or of a nested model."""
-    visible = set()
+    visible: set[int] = set()
     for operation in functional_of(model).operations:
         inner = functional_of(operation)
         visible |= {id(operation)} if inner is None else _graph_layers(operation)
@@ -404,7 +400,7 @@ def _copy_weights(old, new):
         return
     kernel = ops.convert_to_tensor(old.kernel)
     for side in (old, new):
-        if isinstance(side, sparse._SparseKernelLayer):
+        if isinstance(side, sparse.SparseLayer):
             kernel = masks.masked(kernel, ops.convert_to_numpy(side.kernel_mask))
     new.kernel.assign(kernel)
     if old.bias is not None:

@@ -71,7 +71,7 @@ def layer_costs(model):
                 "active_weights": active,
                 "weights": weights,
                 "skew_correction": layer.skew_correction if is_sparse else None,
-                "normalization": graph.normalization_after(layer) if positions else None,
+                "normalization": graph.normalization_after(layer) if graph else None,
                 "flops_dense": None if positions is None else 2 * weights * positions,
                 "flops_sparse": None if positions is None else 2 * active * positions,
             }

@@ -105,7 +105,7 @@ def _solve(raw, shapes, sparsity):
     raw = np.asarray(raw, dtype=float)
     sizes = np.array([math.prod(shape) for shape in shapes], dtype=float)
     budget = (1.0 - sparsity) * sizes.sum()
-    dense = np.zeros(len(sizes), dtype=bool)
+    dense: np.ndarray = np.zeros(len(sizes), dtype=bool)
     density = np.ones(len(sizes))
     while not dense.all():
         rest = ~dense

@@ -56,7 +56,7 @@ class _KernelView:
         return self._layer.masked_kernel
 
 
-class _SparseKernelLayer:
+class SparseLayer(keras.layers.Layer):
     """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
 
     def __init__(self, *args, sparsity=0.0, seed=None, skew_correction=True, **kwargs):
@@ -67,13 +67,10 @@ class _SparseKernelLayer:
         if seed is not None and (
             isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
         ):
-            raise ValueError(
-                f"`seed` must be a non-negative int or None. Received: seed={seed!r}"
-            )
+            raise ValueError(f"`seed` must be a non-negative int or None. Received: seed={seed!r}")
         if not isinstance(skew_correction, bool):
             raise ValueError(
-                "`skew_correction` must be a bool. "
-                f"Received: skew_correction={skew_correction!r}"
+                f"`skew_correction` must be a bool. Received: skew_correction={skew_correction!r}"
             )
         for refused in ("lora_rank", "lora_alpha", "quantization_config"):
             if kwargs.get(refused) is not None:
@@ -133,9 +130,7 @@ class _SparseKernelLayer:
             autocast=False,
             aggregation="only_first_replica",
         )
-        kernel.topology = Topology(
-            self.kernel_mask, neuron_axes, self._skew_correction, self.name
-        )
+        kernel.topology = Topology(self.kernel_mask, neuron_axes, self._skew_correction, self.name)
         return kernel
 
     @property
@@ -275,23 +270,23 @@ def _document(cls, base, args, neuron, call, shape):
     return keras.saving.register_keras_serializable(package="keras_sparseopt")(cls)
 
 
-class SparseDense(_SparseKernelLayer, keras.layers.Dense):
+class SparseDense(SparseLayer, keras.layers.Dense):
     pass
 
 
-class SparseConv1D(_SparseKernelLayer, keras.layers.Conv1D):
+class SparseConv1D(SparseLayer, keras.layers.Conv1D):
     pass
 
 
-class SparseConv2D(_SparseKernelLayer, keras.layers.Conv2D):
+class SparseConv2D(SparseLayer, keras.layers.Conv2D):
     pass
 
 
-class SparseConv3D(_SparseKernelLayer, keras.layers.Conv3D):
+class SparseConv3D(SparseLayer, keras.layers.Conv3D):
     pass
 
 
-class SparseEinsumDense(_SparseKernelLayer, keras.layers.EinsumDense):
+class SparseEinsumDense(SparseLayer, keras.layers.EinsumDense):
     def _find_neuron_axes(self, rank):
         operands, output = self.equation.replace("...", "").replace(" ", "").split("->")
         labels = operands.split(",")[1]

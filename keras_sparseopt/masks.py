@@ -61,9 +61,9 @@ def check_mask(mask, shape):
 
 
 def neuron_counts(mask, neuron_axes):
-    """Active weights of every neuron (float32, kept dims, broadcasts over the kernel)."""
+    """Active weights of every neuron (int32, kept dims, broadcasts over the kernel)."""
     axes = fan_in_axes(len(mask.shape), neuron_axes)
-    return ops.sum(ops.cast(mask, "float32"), axis=axes, keepdims=True)
+    return ops.sum(ops.cast(mask, "int32"), axis=axes, keepdims=True)
 
 
 def correction(mask, neuron_axes):
@@ -72,10 +72,11 @@ def correction(mask, neuron_axes):
     ```
     s_i   = 1 − nnz(mask of neuron i) / fan_in
     s_avg = mean_i s_i
-    scale = √(1 − s_i) / √(1 − s_avg)  =  √(nnz_i / mean nnz)
+    scale = √(1 − s_i) / √(1 − s_avg)  =  √(nnz_i · neurons / Σ nnz)
     ```
 
-    The right-hand form is used: equal fan-ins then give exactly 1.
+    The right-hand form is used, in integers up to the division: equal fan-ins then give
+    exactly 1.
 
     Args:
         mask: Bool tensor of the kernel's shape.
@@ -86,8 +87,9 @@ def correction(mask, neuron_axes):
         weights has scale 0; so has every neuron of a layer without any.
     """
     counts = neuron_counts(mask, neuron_axes)
-    mean = ops.mean(counts)
-    return ops.sqrt(counts / ops.where(mean > 0, mean, 1.0))
+    neurons = math.prod(counts.shape)
+    total = ops.maximum(ops.sum(counts), 1)
+    return ops.sqrt(ops.cast(counts * neurons, "float32") / ops.cast(total, "float32"))
 
 
 def masked(values, mask):
@@ -101,8 +103,9 @@ def _order_keys(scores, eligible):
     The bit pattern of a non-negative float sorts like the float. Negative floats sort
     backwards, so their magnitude bits are flipped; NaN ranks below every number.
     """
-    scores = ops.cast(scores, "float32") + 0.0  # −0.0 becomes 0.0: they are tied
+    scores = ops.cast(scores, "float32")
     bits = ops.view(scores, "int32")
+    bits = ops.where(bits == _INELIGIBLE, 0, bits)  # −0.0 ties with 0.0; XLA drops `+ 0.0`
     keys = ops.where(bits < 0, ops.bitwise_xor(bits, _LARGEST), bits)
     keys = ops.where(ops.isnan(scores), _NOT_A_NUMBER, keys)
     return ops.where(eligible, keys, _INELIGIBLE)
@@ -236,9 +239,7 @@ def drop_and_grow(weights, mask, scores, num_update):
                 f"{active}]. Received: num_update={num_update}"
             )
     elif not (ops.is_tensor(num_update) and "int" in str(num_update.dtype)):
-        raise ValueError(
-            f"`num_update` must be an integer. Received: num_update={num_update!r}"
-        )
+        raise ValueError(f"`num_update` must be an integer. Received: num_update={num_update!r}")
     num_update = ops.convert_to_tensor(num_update, "int32")
     compiled = _compiled_drop_and_grow(
         tuple(weights.shape), (str(weights.dtype), str(scores.dtype))

@@ -65,9 +65,7 @@ class HAM(WrapperOptimizer):
         self.beta = float(beta)
         # `update_step` is the one place that sees the final gradient, once per real update
         # and after the all-reduce of a distribution strategy.
-        self.inner_optimizer.update_step = self._then_hyperbolic(
-            self.inner_optimizer.update_step
-        )
+        self.inner_optimizer.update_step = self._then_hyperbolic(self.inner_optimizer.update_step)
 
     def _then_hyperbolic(self, inner_step):
         def update_step(gradient, variable, learning_rate):

@@ -51,9 +51,9 @@ class _Kernels:
     """Hides the records from Keras' and TensorFlow's attribute tracking."""
 
     def __init__(self):
-        self.by_index = {}
+        self.by_index: dict[int, _Kernel] = {}
         self.tap_window = 1
-        self.tap_interval = None
+        self.tap_interval = 1
 
     def __iter__(self):
         return iter(self.by_index.values())
@@ -121,8 +121,7 @@ class SparseOpt(WrapperOptimizer):
         "SparseOpt": "the correction would be applied twice",
         "Adafactor": "its factored second moment mixes active and inactive weights "
         "(rows without active weights divide 0 by 0)",
-        "Ftrl": "it divides by an accumulator that is 0 at inactive weights; "
-        "use Adagrad instead",
+        "Ftrl": "it divides by an accumulator that is 0 at inactive weights; use Adagrad instead",
     }
 
     def __init__(self, inner_optimizer, skew_correction=True, renormalize=False, name=None):
@@ -159,7 +158,8 @@ class SparseOpt(WrapperOptimizer):
     @contextlib.contextmanager
     def _recorded_slots(self):
         """Which slots belong to which variable, recorded while the base optimizer makes them."""
-        base, slots = self.base_optimizer, {}
+        base = self.base_optimizer
+        slots: dict = {}
         original = base.add_variable_from_reference
 
         def record(reference_variable, *args, **kwargs):
@@ -218,9 +218,7 @@ class SparseOpt(WrapperOptimizer):
         for kernel in kernels:
             if kernel is not None and self._moves_inactive_weights(kernel):
                 variable = kernel.variable
-                self.assign(
-                    variable, masks.masked(ops.convert_to_tensor(variable), kernel.mask)
-                )
+                self.assign(variable, masks.masked(ops.convert_to_tensor(variable), kernel.mask))
 
     def _find(self, variable):
         index = self._trainable_variables_indices.get(self._var_key(variable))
@@ -243,8 +241,7 @@ class SparseOpt(WrapperOptimizer):
     def _moves_inactive_weights(self, kernel):
         # Muon orthogonalises the whole matrix; a constraint may return anything.
         return (
-            kernel.variable.constraint is not None
-            or type(self.base_optimizer).__name__ == "Muon"
+            kernel.variable.constraint is not None or type(self.base_optimizer).__name__ == "Muon"
         )
 
     # ------------------------------------------------------------------ topology
@@ -325,7 +322,7 @@ class SparseOpt(WrapperOptimizer):
         """
         accumulation = self.base_optimizer.gradient_accumulation_steps or 1
         window = steps * accumulation
-        interval = None if window == 1 else every * accumulation
+        interval = 1 if window == 1 else every * accumulation
         state = self._kernels
         unchanged = (state.tap_window, state.tap_interval) == (window, interval)
         if unchanged and all(kernel.tap is not None for kernel in state):

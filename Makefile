@@ -1,0 +1,40 @@
+# make demo: trains on scikit-learn's digits and draws a picture (about five minutes)
+# make test: lint, types and the whole test suite on the TensorFlow and the JAX backend
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.test lint
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest
+	KERAS_BACKEND=jax $(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/mask_update.py
+	$(BIN)/python benchmarks/memory.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python setup.cfg
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,examples]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python setup.cfg
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,jax,examples,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,90 @@
+"""Small models, and oracles in plain NumPy that share no code with the package."""
+
+import keras
+import numpy as np
+
+import keras_sparseopt as kso
+
+
+def array(x):
+    return np.array(keras.ops.convert_to_numpy(x))
+
+
+def mlp(sparsity=0.8, seed=1, **kwargs):
+    return keras.Sequential(
+        [
+            keras.Input((12,)),
+            kso.SparseDense(16, sparsity=sparsity, seed=seed, use_bias=False, **kwargs),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            kso.SparseDense(3, sparsity=0.5, seed=seed + 1, skew_correction=False),
+        ]
+    )
+
+
+def data(n=32, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 12)).astype("float32"), rng.integers(0, 3, n)
+
+
+def loss():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def compiled(model, optimizer, **kwargs):
+    model.compile(optimizer=optimizer, loss=loss(), **kwargs)
+    return model
+
+
+def sparse_opt(model):
+    optimizer = model.optimizer
+    return getattr(optimizer, "inner_optimizer", None) if not isinstance(
+        optimizer, kso.SparseOpt
+    ) else optimizer  # fmt: skip
+
+
+def assert_invariants(model, optimizer=None):
+    """Inactive weights and all slots of their shape are exactly 0."""
+    for layer in kso.sparse_layers(model):
+        assert not array(layer.kernel)[~array(layer.kernel_mask)].any(), layer.name
+    for kernel in (optimizer or sparse_opt(model))._kernels:
+        inactive = ~array(kernel.topology.mask)
+        assert np.isfinite(array(kernel.variable)).all()
+        for slot in kernel.slots:
+            assert not array(slot)[inactive].any(), slot.path
+
+
+def masks_of(model):
+    return [array(layer.kernel_mask) for layer in kso.sparse_layers(model)]
+
+
+def correct_oracle(gradient, mask, neuron_axes):
+    """SparseOpt's g' by loops, from s_i as METHODS define it."""
+    neurons = np.moveaxis(mask, neuron_axes, range(len(neuron_axes)))
+    shape = neurons.shape[: len(neuron_axes)]
+    s = np.zeros(shape)
+    for i in np.ndindex(*shape):
+        s[i] = 1 - neurons[i].sum() / neurons[i].size
+    s_avg = s.mean()
+    out = np.moveaxis(np.where(mask, gradient, 0.0), neuron_axes, range(len(neuron_axes))).copy()
+    for i in np.ndindex(*shape):
+        out[i] = out[i] * (np.sqrt(1 - s[i]) / np.sqrt(1 - s_avg)) if s_avg < 1 else 0.0
+    return np.moveaxis(out, range(len(neuron_axes)), neuron_axes)
+
+
+def drop_and_grow_oracle(weights, mask, scores, num_update):
+    """Sorts Python tuples: largest first, ties by lowest flat index, NaN below everything."""
+
+    def largest(values, positions, k):
+        def key(i):
+            x = float(values[i])
+            return (1, 0.0, i) if np.isnan(x) else (0, -x, i)
+
+        return sorted(positions, key=key)[:k]
+
+    w, m, s = np.abs(weights).ravel(), mask.ravel(), scores.ravel()
+    active = [i for i in range(m.size) if m[i]]
+    keep = set(largest(w, active, len(active) - num_update))
+    rest = [i for i in range(m.size) if i not in keep]
+    chosen = keep | set(largest(s, rest, num_update))
+    return np.array([i in chosen for i in range(m.size)]).reshape(mask.shape)
