@@ -75,8 +75,8 @@ def correction(mask, neuron_axes):
     scale = √(1 − s_i) / √(1 − s_avg)  =  √(nnz_i · neurons / Σ nnz)
     ```
 
-    The right-hand form is used, in integers up to the division: equal fan-ins then give
-    exactly 1.
+    The right-hand form is used, in integers up to the division, so that a neuron of average
+    fan-in has a scale of exactly 1.
 
     Args:
         mask: Bool tensor of the kernel's shape.
@@ -88,8 +88,10 @@ def correction(mask, neuron_axes):
     """
     counts = neuron_counts(mask, neuron_axes)
     neurons = math.prod(counts.shape)
-    total = ops.maximum(ops.sum(counts), 1)
-    return ops.sqrt(ops.cast(counts * neurons, "float32") / ops.cast(total, "float32"))
+    counts, total = counts * neurons, ops.maximum(ops.sum(counts), 1)
+    scale = ops.sqrt(ops.cast(counts, "float32") / ops.cast(total, "float32"))
+    # XLA divides by multiplying with a reciprocal, which can miss 1 by a rounding.
+    return ops.where(counts == total, 1.0, scale)
 
 
 def masked(values, mask):
