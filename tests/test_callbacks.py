@@ -1,0 +1,331 @@
+import csv
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    array,
+    assert_invariants,
+    compiled,
+    data,
+    drop_and_grow_oracle,
+    masks_of,
+    mlp,
+    sparse_opt,
+)
+
+import keras_sparseopt as kso
+
+
+def sgd(**kwargs):
+    return kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9), **kwargs)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Remembers masks after every batch; put it after the method's callback."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks, self.logs = [], []
+
+    def on_train_begin(self, logs=None):
+        self.masks.append(masks_of(self.model))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.masks.append(masks_of(self.model))
+        self.logs.append(dict(logs))
+
+    @property
+    def update_steps(self):
+        pairs = zip(self.masks, self.masks[1:])
+        return [
+            step
+            for step, (old, new) in enumerate(pairs, 1)
+            if any(not np.array_equal(a, b) for a, b in zip(old, new))
+        ]
+
+
+def fit(method, optimizer=None, epochs=2, batch_size=4, model=None, compile_args=None, **kwargs):
+    keras.utils.set_random_seed(1)
+    model = compiled(model or mlp(), optimizer or sgd(), **(compile_args or {}))
+    recorder = Recorder()
+    x, y = data(32)
+    callbacks = [method, *kwargs.pop("callbacks", []), recorder]
+    history = model.fit(
+        x, y, epochs=epochs, batch_size=batch_size, verbose=0, shuffle=False,
+        callbacks=callbacks, **kwargs,
+    )  # fmt: skip
+    assert_invariants(model)
+    for a, b in zip(recorder.masks[0], recorder.masks[-1]):
+        assert a.sum() == b.sum()
+    return model, recorder, history
+
+
+CONSTANT = keras.optimizers.schedules.ExponentialDecay(0.5, 1, 1.0)
+METHODS = {
+    "RigL": lambda **k: kso.RigL(**{"update_every": 3, "drop_fraction": 0.5, **k}),
+    "SET": lambda **k: kso.SET(**{"update_every": 3, "drop_fraction": 0.5, **k}),
+}
+BOTH = pytest.mark.parametrize("name", METHODS)
+
+
+@BOTH
+def test_updates_come_at_the_interval_between_begin_and_end(name):
+    _, recorder, _ = fit(
+        METHODS[name](drop_fraction=CONSTANT, begin_step=4, end_step=13)
+    )
+    assert recorder.update_steps == [6, 9, 12]
+
+
+@BOTH
+def test_end_step_defaults_to_three_quarters_of_the_fit(name):
+    # 2 epochs of 8 steps: no update at or after step 12
+    _, recorder, _ = fit(METHODS[name](update_every=2, drop_fraction=0.9))
+    assert recorder.update_steps and max(recorder.update_steps) < 12
+
+
+def test_end_step_of_a_second_fit_counts_from_its_own_start():
+    model, _, _ = fit(kso.SET(2, 0.9))
+    recorder = Recorder()
+    x, y = data(32)
+    model.fit(x, y, epochs=2, batch_size=4, verbose=0, callbacks=[kso.SET(2, 0.9), recorder])
+    assert recorder.update_steps and max(recorder.update_steps) < 12
+
+
+def test_rigl_update_equals_the_oracle():
+    """One full-batch step and one update, recomputed in NumPy from the dense gradient."""
+    layer = kso.SparseDense(5, sparsity=0.6, seed=2, use_bias=False)
+    model = keras.Sequential([keras.Input((8,)), layer])
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(16, n)).astype("float32") for n in (8, 5))
+    w, mask = array(layer.kernel).astype("float64"), array(layer.kernel_mask)
+    optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1), skew_correction=False)
+    model.compile(optimizer=optimizer, loss="mse")
+    callback = kso.RigL(update_every=1, drop_fraction=0.4, end_step=2)
+    model.fit(x, y, batch_size=16, verbose=0, callbacks=[callback])
+    gradient = 2 / y.size * x.T @ (x @ w - y)
+    w = w - 0.1 * gradient * mask
+    # at step 1 of end_step 2: cos(π/2) = 0, half of the drop fraction
+    num_update = int(np.floor(0.2 * mask.sum()))
+    expected = drop_and_grow_oracle(w, mask, np.abs(gradient), num_update)
+    assert not np.array_equal(expected, mask)
+    assert np.array_equal(array(layer.kernel_mask), expected)
+    np.testing.assert_allclose(array(layer.kernel), w * (expected & mask), rtol=1e-5, atol=1e-7)
+
+
+def growth(growth_gradient, gradient_steps=1, steps=1, accumulation=None):
+    """Dense gradients of each step (NumPy) and what RigL takes as growth scores."""
+    layer = kso.SparseDense(5, sparsity=0.6, seed=2, use_bias=False)
+    model = keras.Sequential([keras.Input((8,)), layer])
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(4 * steps, n)).astype("float32") for n in (8, 5))
+    w = array(layer.kernel).astype("float64")
+    inner = keras.optimizers.SGD(0.0, gradient_accumulation_steps=accumulation)
+    model.compile(optimizer=kso.SparseOpt(inner), loss="mse")
+    scores = []
+
+    class Spy(kso.RigL):
+        def grow_scores(self, index, kernel):
+            scores.append(array(super().grow_scores(index, kernel)))
+            return scores[-1]
+
+    every = steps // (accumulation or 1)
+    spy = Spy(every, 0.5, end_step=100, growth_gradient=growth_gradient,
+              gradient_steps=gradient_steps)  # fmt: skip
+    mask = array(layer.kernel_mask)
+    model.fit(x, y, batch_size=4, verbose=0, shuffle=False, callbacks=[spy])
+    batches = [slice(4 * i, 4 * i + 4) for i in range(steps)]
+    gradients = [2 / 20 * x[b].T @ (x[b] @ w - y[b]) for b in batches]
+    return gradients, scores[0], mask
+
+
+def test_growth_gradient_corrected():
+    (gradient,), scores, mask = growth("corrected")
+    counts = mask.sum(axis=0)
+    expected = np.abs(gradient) * np.sqrt(counts / counts.mean())
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient_steps", [1, 2, 4])
+def test_growth_on_the_gradient_averaged_over_the_last_steps(gradient_steps):
+    gradients, scores, _ = growth("original", gradient_steps, steps=4)
+    expected = np.abs(np.mean(gradients[-gradient_steps:], axis=0))
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_growth_gradient_under_accumulation_is_the_accumulated_one():
+    gradients, scores, _ = growth("original", steps=4, accumulation=2)
+    np.testing.assert_allclose(scores, np.abs(np.mean(gradients[-2:], axis=0)), rtol=1e-4)
+
+
+def test_set_draws_depend_on_seed_kernel_and_step_only():
+    def run(seed):
+        return fit(METHODS["SET"](seed=seed))[1].masks[-1]
+
+    first, again, other = run(1), run(1), run(2)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other))
+
+
+def test_drop_fraction_schedule_of_keras():
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.5, 0.0])
+    _, recorder, _ = fit(kso.SET(3, schedule, end_step=100))
+    assert recorder.update_steps == [3]
+    assert recorder.logs[3]["drop_fraction"] == pytest.approx(0.5)
+
+
+def test_static_never_changes_and_logs():
+    _, recorder, history = fit(kso.Static())
+    assert recorder.update_steps == []
+    assert history.history["mask_change"] == [0.0, 0.0]
+    assert history.history["drop_fraction"] == [0.0, 0.0]
+
+
+@BOTH
+def test_logs_reach_history_csv_and_tensorboard(name, tmp_path, capsys):
+    logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    callbacks = [logger]
+    if keras.backend.backend() == "tensorflow":
+        callbacks.append(keras.callbacks.TensorBoard(tmp_path / "tb", update_freq=1))
+    model = mlp()
+    _, recorder, history = fit(METHODS[name](), model=model, callbacks=callbacks)
+    names = {"sparsity", "drop_fraction", "itop_rate", "mask_change"}
+    assert names <= set(history.history) and names <= set(recorder.logs[0])
+    with open(tmp_path / "log.csv") as file:
+        assert names <= set(csv.DictReader(file).fieldnames)
+    kernels = [layer.kernel for layer in kso.sparse_layers(model)]
+    size = sum(array(k).size for k in kernels)
+    active = sum(m.sum() for m in recorder.masks[-1])
+    assert history.history["sparsity"][-1] == pytest.approx(1 - active / size)
+    assert history.history["itop_rate"][-1] == pytest.approx(kso.itop_rate(recorder.masks))
+    step = recorder.update_steps[0]
+    new = sum((b & ~a).sum() for a, b in zip(*recorder.masks[step - 1 : step + 1]))
+    assert recorder.logs[step - 1]["mask_change"] == pytest.approx(new / active)
+    if keras.backend.backend() == "tensorflow":
+        events = list((tmp_path / "tb" / "train").glob("events*"))
+        text = b"".join(path.read_bytes() for path in events)
+        assert b"itop_rate" in text and b"mask_change" in text
+
+
+def test_progress_bar_shows_the_logs(capsys):
+    model = compiled(mlp(), sgd())
+    x, y = data()
+    model.fit(x, y, verbose=2, callbacks=[kso.RigL(3)])
+    assert "itop_rate" in capsys.readouterr().out
+
+
+def test_intervals_are_optimizer_steps_under_accumulation():
+    optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    _, recorder, _ = fit(kso.RigL(3, 0.5, end_step=100), optimizer)
+    assert recorder.update_steps == [6, 12]
+
+
+@BOTH
+def test_steps_per_execution(name):
+    run = fit(
+        METHODS[name](update_every=4, end_step=100), compile_args={"steps_per_execution": 2}
+    )
+    plain = fit(METHODS[name](update_every=4, end_step=100))
+    for a, b in zip(run[1].masks[-1], plain[1].masks[-1]):
+        assert np.array_equal(a, b)
+
+
+class Overflow(keras.layers.Layer):
+    """Multiplies by infinity at certain training steps, so that gradients are not finite."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = steps
+        self.count = self.add_weight(shape=(), dtype="int32", trainable=False)
+
+    def call(self, x, training=False):
+        if not training:
+            return x
+        self.count.assign(self.count + 1)
+        hit = keras.ops.any(keras.ops.equal(self.count, np.array(self.steps)))
+        return x * keras.ops.cast(keras.ops.where(hit, np.inf, 1.0), x.dtype)
+
+
+def with_overflow(steps):
+    model = mlp()
+    x = keras.Input((12,))
+    y = Overflow(steps)(model(x))
+    return keras.Model(x, y)
+
+
+def test_skipped_steps_of_loss_scaling_neither_count_nor_update():
+    optimizer = keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=8.0)
+    # Step 3 is skipped, so the third optimizer step is the fourth batch.
+    model, recorder, _ = fit(kso.RigL(3, 0.5, end_step=100), optimizer,
+                             model=with_overflow([3]))  # fmt: skip
+    assert recorder.update_steps == [4, 7, 10, 13, 16]
+    assert int(array(sparse_opt(model).iterations)) == 15
+
+
+def test_no_mask_is_computed_from_a_gradient_that_is_not_finite(capsys):
+    model = compiled(with_overflow([3]), sgd())
+    before = masks_of(model)
+    x, y = data(12)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[kso.RigL(3, 0.5, end_step=100)])
+    assert all(np.array_equal(a, b) for a, b in zip(before, masks_of(model)))
+    assert "not finite; the masks stay" in capsys.readouterr().out
+
+
+def test_dense_gradients_are_freed_after_fit():
+    model, _, _ = fit(kso.RigL(3))
+    assert all(kernel.tap is None for kernel in sparse_opt(model)._kernels)
+    x, y = data()
+    model.fit(x, y, verbose=0)  # the train function is made anew, without the taps
+    assert_invariants(model)
+
+
+def test_custom_loop_equals_fit():
+    def make():
+        keras.utils.set_random_seed(1)
+        return compiled(mlp(), sgd())
+
+    x, y = data(32)
+    fitted = make()
+    fitted.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0,
+               callbacks=[kso.RigL(3, 0.5)])  # fmt: skip
+    model = make()
+    model.optimizer.build(model.trainable_variables)
+    rigl = kso.RigL(3, 0.5)
+    assert rigl.begin(model.optimizer, total_steps=16)
+    for _ in range(2):
+        for i in range(0, 32, 4):
+            model.train_on_batch(x[i : i + 4], y[i : i + 4])
+            logs = rigl.step()
+    rigl.end()
+    assert set(logs) == {"sparsity", "drop_fraction", "itop_rate", "mask_change"}
+    for a, b in zip(masks_of(fitted), masks_of(model)):
+        assert np.array_equal(a, b)
+    for a, b in zip(fitted.weights, model.weights):
+        np.testing.assert_allclose(array(a), array(b), rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_method_is_one_overridden_method():
+    class GrowFirst(kso.DynamicSparseTraining):
+        def grow_scores(self, index, kernel):
+            positions = keras.ops.arange(int(np.prod(kernel.shape)), dtype="float32")
+            return -keras.ops.reshape(positions, kernel.shape)
+
+    model, recorder, _ = fit(GrowFirst(3, 0.9, end_step=1000))
+    mask = recorder.masks[-1][0].ravel()
+    assert mask[: mask.sum() // 2].mean() > 0.8
+
+
+def test_updates_do_not_trace_the_train_step_again():
+    traces = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, x):
+            traces.append(1)
+            return x
+
+    inner = mlp()
+    x = keras.Input((12,))
+    model = keras.Model(x, Counting()(inner(x)))
+    traces.clear()
+    fit(kso.RigL(3, 0.5, end_step=100), model=model, epochs=3)
+    assert len(traces) <= 2
