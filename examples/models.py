@@ -4,7 +4,7 @@ import keras
 from keras import layers
 
 
-def resnet(input_shape, classes, widths, blocks, weight_decay=0.0):
+def resnet(input_shape, classes, widths, blocks, weight_decay=0.0, bn_momentum=0.99):
     """CIFAR-style ResNet v1 with Batch Normalization.
 
     ResNet-20 on CIFAR is `resnet((32, 32, 3), 10, widths=(16, 32, 64), blocks=3)`.
@@ -16,6 +16,7 @@ def resnet(input_shape, classes, widths, blocks, weight_decay=0.0):
         blocks: Residual blocks per stage, two 3×3 convolutions each.
         weight_decay: Coupled weight decay as the published recipes have it. Keras' L2 adds
             `l2 · Σw²`, with gradient `2 · l2 · w`, hence half of it.
+        bn_momentum: Momentum of the moving averages; Keras' 0.99 needs some hundred steps.
     """
 
     def regularizer():
@@ -31,7 +32,7 @@ def resnet(input_shape, classes, widths, blocks, weight_decay=0.0):
             kernel_initializer="he_normal",
             kernel_regularizer=regularizer(),
         )(x)
-        return layers.BatchNormalization()(x)
+        return layers.BatchNormalization(momentum=bn_momentum)(x)
 
     inputs = keras.Input(input_shape)
     x = layers.ReLU()(convolution(inputs, widths[0], 3))

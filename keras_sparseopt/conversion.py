@@ -91,7 +91,7 @@ def sparsify(model, sparsity, distribution="erk", exclude=(), seed=0):
     import keras_sparseopt as kso
 
     dense = keras.applications.MobileNetV3Small(weights=None)
-    model = kso.sparsify(dense, 0.9, exclude="predictions")
+    model = kso.sparsify(dense, 0.9, exclude=["conv", "*squeeze_excite*"])
     kso.summary(model)
     ```
 
@@ -405,4 +405,4 @@ def _copy_weights(old, new):
     new.kernel.assign(kernel)
     if old.bias is not None:
         # Through NumPy: JAX would share the buffer, and training one model deletes it.
-        new.bias.assign(np.array(old.bias))
+        new.bias.assign(np.array(ops.convert_to_numpy(old.bias)))

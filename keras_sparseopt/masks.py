@@ -170,13 +170,17 @@ def _drop_and_grow(weights, mask, scores, num_update):
 def _compiled_drop_and_grow(shape, dtypes):
     """One compiled function per shape and dtypes, so that nothing is ever traced again."""
     del shape, dtypes
+
+    def update(weights, mask, scores, num_update):  # a new one each time: TF counts traces of it
+        return _drop_and_grow(weights, mask, scores, num_update)
+
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(_drop_and_grow, jit_compile=True, autograph=False)
+        return tf.function(update, jit_compile=True, autograph=False)
     import jax
 
-    return jax.jit(_drop_and_grow)
+    return jax.jit(update)
 
 
 def drop_and_grow(weights, mask, scores, num_update):

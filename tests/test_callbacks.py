@@ -71,9 +71,7 @@ BOTH = pytest.mark.parametrize("name", METHODS)
 
 @BOTH
 def test_updates_come_at_the_interval_between_begin_and_end(name):
-    _, recorder, _ = fit(
-        METHODS[name](drop_fraction=CONSTANT, begin_step=4, end_step=13)
-    )
+    _, recorder, _ = fit(METHODS[name](drop_fraction=CONSTANT, begin_step=4, end_step=13))
     assert recorder.update_steps == [6, 9, 12]
 
 
@@ -222,9 +220,7 @@ def test_intervals_are_optimizer_steps_under_accumulation():
 
 @BOTH
 def test_steps_per_execution(name):
-    run = fit(
-        METHODS[name](update_every=4, end_step=100), compile_args={"steps_per_execution": 2}
-    )
+    run = fit(METHODS[name](update_every=4, end_step=100), compile_args={"steps_per_execution": 2})
     plain = fit(METHODS[name](update_every=4, end_step=100))
     for a, b in zip(run[1].masks[-1], plain[1].masks[-1]):
         assert np.array_equal(a, b)

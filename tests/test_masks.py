@@ -95,7 +95,9 @@ def test_correction_of_equal_fan_ins_is_exactly_one(fan_in, neurons, active):
 
 def test_masked_is_zero_even_where_values_are_not_finite():
     values = np.array([1.0, np.nan, np.inf], "float32")
-    result = array(masks.masked(keras.ops.convert_to_tensor(values), np.array([True, False, False])))
+    result = array(
+        masks.masked(keras.ops.convert_to_tensor(values), np.array([True, False, False]))
+    )
     assert result.tolist() == [1.0, 0.0, 0.0]
 
 

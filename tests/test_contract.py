@@ -1,0 +1,97 @@
+"""One table: methods × precision × way of execution, on the backend under test.
+
+A new method joins by a row in `METHODS`. Every cell trains, keeps the invariants and the
+counts, changes masks if it is dynamic, and learns.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, assert_invariants, compiled, masks_of, sparse_opt
+
+import keras_sparseopt as kso
+
+METHODS = {
+    "RigL": lambda: kso.RigL(4, 0.4),
+    "RigL corrected": lambda: kso.RigL(4, 0.4, growth_gradient="corrected", gradient_steps=2),
+    "SET": lambda: kso.SET(4, 0.4),
+    "static": lambda: kso.Static(),
+}
+EAGER_LOW = ("RigL", "mixed_float16")
+PRECISIONS = ["float32", "mixed_float16", "mixed_bfloat16"]
+EXECUTIONS = {
+    "eager": {"run_eagerly": True},
+    "graph": {"jit_compile": False},
+    "XLA": {"jit_compile": True},
+}
+if keras.backend.backend() == "jax":
+    del EXECUTIONS["graph"]  # JAX knows eager and XLA only
+CELLS = [
+    (method, precision, execution)
+    for method in METHODS
+    for precision in PRECISIONS
+    for execution in EXECUTIONS
+    # eager mode runs the same lines one by one; one low precision of it will do
+    if execution != "eager" or precision == "float32" or (method, precision) == EAGER_LOW
+]
+OPTIMIZERS = {
+    "SparseOpt": lambda: kso.SparseOpt(keras.optimizers.SGD(0.05, momentum=0.9)),
+    "masking only": lambda: kso.SparseOpt(
+        keras.optimizers.SGD(0.05, momentum=0.9), skew_correction=False
+    ),
+    "SparseOpt(HAM)": lambda: kso.SparseOpt(kso.HAM(keras.optimizers.SGD(0.05), 10)),
+}
+
+
+def convnet():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            kso.SparseConv2D(8, 3, sparsity=0.7, seed=0, use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            kso.SparseConv2D(8, 3, groups=2, sparsity=0.7, seed=1, use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            kso.SparseDense(2, sparsity=0.3, seed=2, skew_correction=False, dtype="float32"),
+        ]
+    )
+
+
+def separable_data():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 32)
+    x = rng.normal(size=(32, 6, 6, 2)).astype("float32") + y[:, None, None, None]
+    return x, y
+
+
+def check(method, precision, execution, optimizer="SparseOpt"):
+    keras.config.set_dtype_policy(precision)
+    model = compiled(convnet(), OPTIMIZERS[optimizer](), **EXECUTIONS[execution])
+    before = masks_of(model)
+    x, y = separable_data()
+    history = model.fit(x, y, batch_size=8, epochs=4, verbose=0, callbacks=[METHODS[method]()])
+    after = masks_of(model)
+    assert [m.sum() for m in before] == [m.sum() for m in after]
+    changed = any(not np.array_equal(a, b) for a, b in zip(before, after))
+    assert changed == (method != "static")
+    assert_invariants(model, find(model))
+    losses = history.history["loss"]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    for layer in kso.sparse_layers(model):
+        assert array(layer.kernel).dtype == np.float32
+
+
+def find(model):
+    return sparse_opt(model)
+
+
+@pytest.mark.parametrize("method, precision, execution", CELLS)
+def test_contract(method, precision, execution):
+    check(method, precision, execution)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["RigL", "SET"])
+def test_contract_of_optimizers(method, optimizer):
+    check(method, "float32", "XLA", optimizer)

@@ -1,0 +1,43 @@
+"""Every documented example runs, and every documented default is the signature's."""
+
+import inspect
+import pathlib
+import re
+
+import keras
+import pytest
+
+import keras_sparseopt as kso
+
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLIC = {name: getattr(kso, name) for name in kso.__all__}
+
+
+def examples(text):
+    return re.findall(r"```python\n(.*?)```", inspect.cleandoc(text or ""), flags=re.S)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_example_runs(name, capsys):
+    (code,) = examples(PUBLIC[name].__doc__)
+    exec(compile(code, f"<example of {name}>", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_argument_is_documented(name):
+    item = PUBLIC[name]
+    if name.startswith("Sparse") and issubclass(item, keras.layers.Layer):
+        arguments = ["sparsity", "seed", "skew_correction"]
+    elif name == "SparseHeNormal":
+        arguments = ["seed"]
+    else:
+        arguments = [a for a in inspect.signature(item).parameters if a != "self"]
+    section = (item.__doc__ or "").partition("Args:")[2]
+    for argument in arguments:
+        assert re.search(rf"^\s+{argument}(, \w+)*: ", section, flags=re.M), argument
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in examples((ROOT / "README.md").read_text()):
+        exec(compile(code, "<README>", "exec"), {"__name__": "example"})

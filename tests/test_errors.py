@@ -1,0 +1,168 @@
+"""Wrong calls: each fails at once with the argument, the rule and the received value."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, compiled, data, mlp
+
+import keras_sparseopt as kso
+
+
+def dense_net():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="d")])
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def built(**kwargs):
+    layer = kso.SparseDense(3, **kwargs)
+    layer.build((None, 4))
+    return layer
+
+
+def fit(optimizer, callback, model=None, **kwargs):
+    model = compiled(model or mlp(), optimizer, **kwargs)
+    x, y = data(8)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+
+
+def unknown_length():
+    x, y = data(8)
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+
+    def batches():
+        yield x, y
+
+    model.fit(batches(), shuffle=False, verbose=0, callbacks=[kso.RigL(1)])
+
+
+SGD = keras.optimizers.SGD
+W, M = np.ones((2, 2), "float32"), np.ones((2, 2), bool)
+
+WRONG_CALLS = {
+    # layers
+    "sparsity 1": (lambda: kso.SparseDense(3, sparsity=1.0), "`sparsity` must be in [0, 1). Received: sparsity=1.0"),
+    "sparsity negative": (lambda: kso.SparseConv2D(3, 3, sparsity=-0.1), "`sparsity` must be in [0, 1). Received: sparsity=-0.1"),
+    "sparsity string": (lambda: kso.SparseDense(3, sparsity="0.9"), "`sparsity` must be a float. Received: sparsity='0.9'"),
+    "layer seed": (lambda: kso.SparseDense(3, seed=-1), "`seed` must be a non-negative int or None. Received: seed=-1"),
+    "layer correction": (lambda: kso.SparseDense(3, skew_correction=1), "`skew_correction` must be a bool. Received: skew_correction=1"),
+    "lora argument": (lambda: kso.SparseDense(3, lora_rank=2), "`lora_rank` is not supported by SparseDense: strip the trained model"),
+    "enable_lora": (lambda: built().enable_lora(2), "`enable_lora` is not supported by SparseDense"),
+    "quantize": (lambda: built().quantize("int8"), "`quantize` is not supported by SparseDense"),
+    "quantized policy": (lambda: kso.SparseDense(3, dtype="int8_from_float32"), "SparseDense does not support a quantized `dtype` policy. Received: dtype=int8_from_float32"),
+    "typo": (lambda: kso.SparseDense(3, sparsty=0.5), "sparsty"),
+    # masks
+    "scores shape": (lambda: kso.drop_and_grow(W, M, W[0], 1), "`weights`, `mask` and `scores` must have one shape. Received: (2, 2), (2, 2), (2,)"),
+    "mask dtype": (lambda: kso.drop_and_grow(W, W, W, 1), "`mask` must be bool. Received: dtype="),
+    "num_update large": (lambda: kso.drop_and_grow(W, M, W, 5), "`num_update` must be in [0, number of active weights = 4]. Received: num_update=5"),
+    "num_update float": (lambda: kso.drop_and_grow(W, M, W, 0.5), "`num_update` must be an integer. Received: num_update=0.5"),
+    "set_mask shape": (lambda: kso.set_mask(built(), np.ones((3, 4), bool)), "The mask must be bool of shape (4, 3). Received: dtype bool, shape (3, 4)"),
+    "set_mask dtype": (lambda: kso.set_mask(built(), np.ones((4, 3))), "The mask must be bool of shape (4, 3). Received: dtype float64, shape (4, 3)"),
+    "set_mask layer": (lambda: kso.set_mask(keras.layers.Dense(3), M), "`layer` must be a sparse layer. Received: layer=<Dense"),
+    "set_mask unbuilt": (lambda: kso.set_mask(kso.SparseDense(3, name="x"), M), "`layer` must be built before its mask can be set. Received: 'x'"),
+    "masks_from_zeros": (lambda: kso.masks_from_zeros(dense_net()), "`model` must hold sparse layers; call `sparsify(model, 0.0)` first"),
+    # distributions
+    "erk sparsity": (lambda: kso.erk([(2, 2)], 1.5), "`sparsity` must be in [0, 1). Received: sparsity=1.5"),
+    "uniform shapes": (lambda: kso.uniform([(2,)], 0.5), "`shapes` must be kernel shapes: at least two positive axes each. Received: shapes=[(2,)]"),
+    # conversion
+    "sparsify sparsity": (lambda: kso.sparsify(dense_net(), 90), "`sparsity` must be in [0, 1). Received: sparsity=90"),
+    "sparsify None": (lambda: kso.sparsify(dense_net(), None), "`sparsity` must be a float. Received: sparsity=None"),
+    "sparsify seed": (lambda: kso.sparsify(dense_net(), 0.5, seed="a"), "`seed` must be a non-negative int. Received: seed='a'"),
+    "distribution name": (lambda: kso.sparsify(dense_net(), 0.5, "ERK"), "`distribution` must be one of ['er', 'erk', 'uniform'] or a dict from layer name to sparsity. Received: distribution='ERK'"),
+    "distribution layer": (lambda: kso.sparsify(dense_net(), None, {"x": 0.5}), "`distribution` must name layers that can be masked: ['d']. Received: ['x']"),
+    "distribution value": (lambda: kso.sparsify(dense_net(), None, {"d": 1.0}), "`distribution` must hold floats in [0, 1). Received: d=1.0"),
+    "exclude typo": (lambda: kso.sparsify(dense_net(), 0.5, exclude="dd"), "`exclude` must name layers that could be masked: ['d']. Received: 'dd'"),
+    "exclude kind": (lambda: kso.sparsify(dense_net(), 0.5, exclude=[3]), "`exclude` must hold names, patterns, layer classes or predicates. Received: exclude=[3]"),
+    "everything excluded": (lambda: kso.sparsify(dense_net(), 0.5, exclude="d"), "No layer is left to mask"),
+    "subclassed": (lambda: kso.sparsify(Subclassed(), 0.5), "Received: Subclassed, a subclassed model, whose layers cannot be exchanged from outside. Use the layers directly"),
+    "strip subclassed": (lambda: kso.strip(Subclassed()), "a subclassed model"),
+    "not a model": (lambda: kso.sparsify("resnet", 0.5), "`model` must be a Keras model. Received: model='resnet'"),
+    "unbuilt": (lambda: kso.sparsify(keras.Sequential([keras.layers.Dense(3)], name="s"), 0.5), "`model` must be built: give the Sequential model an `Input` or call it once. Received: 's'"),
+    # optimizers
+    "inner kind": (lambda: kso.SparseOpt(0.1), "`inner_optimizer` must be a Keras optimizer, its name or its config. Received: inner_optimizer=0.1"),
+    "inner Adafactor": (lambda: kso.SparseOpt("adafactor"), "SparseOpt does not accept Adafactor as inner optimizer: its factored second moment"),
+    "inner Ftrl": (lambda: kso.SparseOpt("ftrl"), "SparseOpt does not accept Ftrl as inner optimizer: it divides by an accumulator that is 0"),
+    "inner loss scale": (lambda: kso.SparseOpt(keras.optimizers.LossScaleOptimizer(SGD())), "SparseOpt does not accept LossScaleOptimizer as inner optimizer: it must be outermost: LossScaleOptimizer(SparseOpt(optimizer))"),
+    "inner multi": (lambda: kso.SparseOpt(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD()))), "SparseOpt does not accept MultiOptimizer as inner optimizer: it has no single learning rate"),
+    "nested SparseOpt": (lambda: kso.SparseOpt(kso.SparseOpt("sgd")), "SparseOpt does not accept SparseOpt as inner optimizer: the correction would be applied twice"),
+    "HAM around SparseOpt": (lambda: kso.HAM(kso.SparseOpt("sgd")), "HAM does not accept SparseOpt as inner optimizer: HAM must see the masked gradient; write SparseOpt(HAM(optimizer))"),
+    "HAM twice": (lambda: kso.HAM(kso.HAM("sgd")), "HAM does not accept HAM as inner optimizer"),
+    "Adafactor in HAM": (lambda: kso.SparseOpt(kso.HAM("adafactor")), "SparseOpt does not accept Adafactor as inner optimizer"),
+    "HAM alpha": (lambda: kso.HAM("sgd", alpha=-1), "`alpha` must be ≥ 0. Received: alpha=-1"),
+    "HAM beta": (lambda: kso.HAM("sgd", beta="x"), "`beta` must be ≥ 0. Received: beta='x'"),
+    "correction flag": (lambda: kso.SparseOpt("sgd", skew_correction="yes"), "`skew_correction` must be a bool. Received: skew_correction='yes'"),
+    "renormalize flag": (lambda: kso.SparseOpt("sgd", renormalize=None), "`renormalize` must be a bool. Received: renormalize=None"),
+    "rewire foreign": (lambda: kso.SparseOpt("sgd").rewire(built().kernel, M), "`kernel` must be a sparse kernel that this optimizer was built with"),
+    "apply unbuilt": (lambda: kso.SparseOpt("sgd").apply([W]), "`apply` without `trainable_variables` needs a built optimizer"),
+    # callbacks
+    "update_every": (lambda: kso.RigL(update_every=0), "`update_every` must be an int ≥ 1. Received: update_every=0"),
+    "update_every float": (lambda: kso.SET(update_every=2.5), "`update_every` must be an int ≥ 1. Received: update_every=2.5"),
+    "drop_fraction": (lambda: kso.RigL(drop_fraction=1.2), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=1.2"),
+    "drop_fraction kind": (lambda: kso.SET(drop_fraction="cosine"), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction='cosine'"),
+    "begin_step": (lambda: kso.RigL(begin_step=-1), "`begin_step` must be an int ≥ 0. Received: begin_step=-1"),
+    "end before begin": (lambda: kso.RigL(begin_step=10, end_step=10), "`end_step` must be an int ≥ 11. Received: end_step=10"),
+    "callback seed": (lambda: kso.SET(seed=1.0), "`seed` must be an int ≥ 0. Received: seed=1.0"),
+    "growth_gradient": (lambda: kso.RigL(growth_gradient="dense"), '`growth_gradient` must be "original" or "corrected". Received: growth_gradient=\'dense\''),
+    "gradient_steps": (lambda: kso.RigL(10, gradient_steps=11), "`gradient_steps` must be at most `update_every`. Received: gradient_steps=11, update_every=10"),
+    "no SparseOpt": (lambda: fit("sgd", kso.RigL(1)), "The optimizer must be a SparseOpt: it moves masks, weights and slots together. Compile with optimizer=keras_sparseopt.SparseOpt(optimizer)"),
+    "MultiOptimizer around": (lambda: fit(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(kso.SparseOpt("sgd"))), kso.RigL(1)), "Received: optimizer=MultiOptimizer"),
+    "no sparse layer": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(1), keras.Sequential([keras.Input((12,)), keras.layers.Dense(3)], name="m")), "The model holds no sparse layer. Convert it with keras_sparseopt.sparsify(model, sparsity)"),
+    "steps_per_execution": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(3), steps_per_execution=2), "`update_every` must be a multiple of `steps_per_execution`, or updates would come late. Received: update_every=3, steps_per_execution=2"),
+    "unknown length": (unknown_length, "`end_step` must be given when the number of steps per epoch is unknown. Received: end_step=None"),
+    "schedule value": (lambda: fit(kso.SparseOpt("sgd"), kso.SET(1, keras.optimizers.schedules.ExponentialDecay(2.0, 1, 1.0))), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=2.0"),
+    "begin unbuilt": (lambda: kso.SET().begin(kso.SparseOpt("sgd")), "`optimizer` must be built: call optimizer.build(model.trainable_variables)."),
+    # analysis
+    "EGF p": (lambda: kso.effective_gradient_flow([W], [M], p=3), "`p` must be 1 or 2. Received: p=3"),
+    "EGF lists": (lambda: kso.effective_gradient_flow([W, W], [M]), "`gradients` and `masks` must be non-empty lists of one length. Received: 2 gradients, 1 masks"),
+    "EGF mask": (lambda: kso.effective_gradient_flow([W], [W]), "Every mask must be bool of its gradient's shape. Received: float32 (2, 2) for a gradient of shape (2, 2)"),
+    "ITOP empty": (lambda: kso.itop_rate([]), "`masks` must not be empty. Received: masks=[]"),
+    "ITOP shapes": (lambda: kso.itop_rate([[M], [M[0]]]), "`masks` must have the same shapes at every time"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+@pytest.mark.filterwarnings("ignore:SparseOpt found no sparse layer")
+def test_wrong_call(name):
+    call, message = WRONG_CALLS[name]
+    with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
+        call()
+    assert message in str(error.value)
+
+
+def test_a_wrong_rewire_changes_nothing():
+    layer = built(sparsity=0.5)
+    optimizer = kso.SparseOpt(SGD(0.1, momentum=0.9))
+    optimizer.apply([keras.ops.ones(v.shape) for v in layer.trainable_variables],
+                    layer.trainable_variables)  # fmt: skip
+    before = [array(v) for v in layer.weights + optimizer.variables]
+    with pytest.raises(ValueError, match="The mask must be bool"):
+        optimizer.rewire(layer.kernel, np.ones((3, 4), bool))
+    after = [array(v) for v in layer.weights + optimizer.variables]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after))
+
+
+def test_other_backends_are_refused_clearly():
+    import subprocess
+    import sys
+
+    # Torch itself is not needed to be turned away: Keras' backend name is.
+    code = "import keras; keras.backend.backend = lambda: 'torch'; import keras_sparseopt"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "keras_sparseopt runs on the TensorFlow and JAX backends of Keras" in result.stderr
+
+
+@pytest.mark.backend("jax")
+def test_the_package_does_not_import_tensorflow_on_jax():
+    import subprocess
+    import sys
+
+    code = "import sys, keras_sparseopt; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
