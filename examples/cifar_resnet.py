@@ -60,6 +60,12 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
+def load(dataset, data_dir):
+    """Images and labels of the two splits, each as one pair of tensors: they fit in memory."""
+    splits = tfds.load(dataset, split=["train", "test"], data_dir=data_dir, as_supervised=True)
+    return [data.batch(50_000).get_single_element() for data in splits]
+
+
 def training_data(images, labels, first_epoch, epochs, seed):
     """All epochs from `first_epoch` on, one after the other, each in an order of its own.
 
@@ -180,10 +186,7 @@ def main(argv=None):
     run_dir = pathlib.Path(args.output) / name
     run_dir.mkdir(parents=True, exist_ok=True)
 
-    (train_x, train_y), (test_x, test_y) = tfds.load(
-        args.dataset, split=["train", "test"], data_dir=args.data_dir, batch_size=-1,
-        as_supervised=True,
-    )  # fmt: skip
+    (train_x, train_y), (test_x, test_y) = load(args.dataset, args.data_dir)
     steps = args.steps_per_epoch or len(train_x) // BATCH_SIZE
     test = tf.data.Dataset.from_tensor_slices((test_x, test_y)).map(normalize).batch(500)
 

@@ -22,7 +22,7 @@ def resnet(input_shape, classes, widths, blocks, weight_decay=0.0, bn_momentum=0
     def regularizer():
         return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
 
-    def convolution(x, filters, size, stride=1):
+    def convolution(x, filters, size, name, stride=1):
         x = layers.Conv2D(
             filters,
             size,
@@ -31,18 +31,20 @@ def resnet(input_shape, classes, widths, blocks, weight_decay=0.0, bn_momentum=0
             use_bias=False,
             kernel_initializer="he_normal",
             kernel_regularizer=regularizer(),
+            name=name,
         )(x)
-        return layers.BatchNormalization(momentum=bn_momentum)(x)
+        return layers.BatchNormalization(momentum=bn_momentum, name=f"{name}_bn")(x)
 
     inputs = keras.Input(input_shape)
-    x = layers.ReLU()(convolution(inputs, widths[0], 3))
+    x = layers.ReLU()(convolution(inputs, widths[0], 3, "stem"))
     for stage, filters in enumerate(widths):
         for block in range(blocks):
             stride = 2 if stage > 0 and block == 0 else 1
-            y = layers.ReLU()(convolution(x, filters, 3, stride))
-            y = convolution(y, filters, 3)
+            name = f"stage{stage + 1}_block{block + 1}"
+            y = layers.ReLU()(convolution(x, filters, 3, f"{name}_a", stride))
+            y = convolution(y, filters, 3, f"{name}_b")
             if stride != 1 or x.shape[-1] != filters:
-                x = convolution(x, filters, 1, stride)
+                x = convolution(x, filters, 1, f"{name}_shortcut", stride)
             x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
     outputs = layers.Dense(classes, kernel_regularizer=regularizer(), name="classifier")(x)

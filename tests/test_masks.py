@@ -105,7 +105,7 @@ def test_masked_is_zero_even_where_values_are_not_finite():
 @settings(max_examples=100, deadline=None)
 def test_random_mask_is_exact_and_reproducible(size, sparsity):
     mask = masks.random_mask((size, 3), sparsity, seed=4)
-    assert mask.sum() == max(1, round((1 - sparsity) * size * 3))
+    assert mask.sum() == max(1, round((1 - sparsity) * (size * 3)))
     assert np.array_equal(mask, masks.random_mask((size, 3), sparsity, seed=4))
 
 

@@ -1,0 +1,97 @@
+"""Peak memory of training, over training the dense model, in bytes per sparse weight.
+
+    python benchmarks/memory.py
+
+Each way trains in a process of its own (a wide MLP, so that weights are what counts, not
+activations) and reports its peak resident memory. Steady-state bytes of the variables, which
+the allocator's slack does not blur, stand beside it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+
+WAYS = ("dense", "SparseOpt", "SparseOpt + SET", "SparseOpt + RigL")
+
+
+def train(way, units, steps):
+    import keras
+    import numpy as np
+
+    import keras_sparseopt as kso
+
+    layers = [keras.Input((units,))]
+    for _ in range(3):
+        layers += [keras.layers.Dense(units, use_bias=False), keras.layers.BatchNormalization()]
+    model = keras.Sequential([*layers, keras.layers.Dense(10)])
+    optimizer, callbacks = keras.optimizers.SGD(0.01, momentum=0.9), []
+    if way != "dense":
+        model = kso.sparsify(model, 0.9, {f"{x.name}": 0.9 for x in model.layers[:-1:2]})
+        optimizer = kso.SparseOpt(optimizer)
+    if "+" in way:
+        method = kso.RigL if "RigL" in way else kso.SET
+        callbacks = [method(update_every=4, end_step=1000)]
+    model.compile(optimizer=optimizer, loss="mse")
+    x = np.zeros((32 * steps, units), "float32")
+    y = np.zeros((32 * steps, 10), "float32")
+    held = []
+
+    class Held(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            variables = {id(v): v for v in model.weights + optimizer.variables}
+            for kernel in getattr(optimizer, "_kernels", ()):
+                if kernel.tap is not None:
+                    variables[id(kernel.tap)] = kernel.tap
+            held.append(sum(keras.ops.convert_to_numpy(v).nbytes for v in variables.values()))
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model.fit(x, y, batch_size=32, verbose=0, callbacks=[*callbacks, Held()])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"peak": 1024 * peak, "before_fit": 1024 * before, "held": held[-1]}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--units", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        return train(args.way, args.units, args.steps)
+    measured = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--way", way, "--units", str(args.units),
+                   "--steps", str(args.steps)]  # fmt: skip
+        # One malloc arena and prompt return of freed memory: less slack in the peak.
+        environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        output = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment
+        ).stdout
+        measured[way] = json.loads(output.splitlines()[-1])
+    from common import report
+
+    weights = 3 * args.units**2
+    dense = measured["dense"]
+    rows = [
+        {
+            "what": way,
+            "peak MB": m["peak"] / 1e6,
+            "peak − dense, bytes/weight": (m["peak"] - dense["peak"]) / weights,
+            "held MB": m["held"] / 1e6,
+            "held − dense, bytes/weight": (m["held"] - dense["held"]) / weights,
+        }
+        for way, m in measured.items()
+    ]
+    report(
+        "memory",
+        rows,
+        ["aim: with RigL ≤ 5 bytes per weight over dense, without ≤ 1"],
+        [f"{weights:,} sparse weights, SGD with momentum"],
+    )
+
+
+if __name__ == "__main__":
+    main()
