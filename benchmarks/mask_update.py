@@ -103,7 +103,7 @@ def main():
         ["aim: whole update ≤ 10 × copy"],
         [
             f"{len(kernels)} kernels, {sum(m.size for m in masks):,} weights at sparsity "
-            f"{args.sparsity}, {size / 1e6:.0f} MB read; the first call compiles"
+            f"{args.sparsity}, {size / 1e6:.0f} MB read"
         ],
     )
 

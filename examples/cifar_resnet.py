@@ -177,6 +177,14 @@ def read_history(path):
     return [{name: float(value) for name, value in rows[e].items()} for e in sorted(rows)]
 
 
+def command(args):
+    """The command that repeats this run; where its files lie is the reader's choice."""
+    defaults = vars(arguments([]))
+    given = {k: v for k, v in vars(args).items() if v != defaults[k]}
+    options = [f"--{k} {v}" for k, v in given.items() if k not in ("data_dir", "output")]
+    return " ".join(["python examples/cifar_resnet.py", *options])
+
+
 def main(argv=None):
     args = arguments(argv)
     name = f"{args.dataset}-w{args.width}-{args.method}"
@@ -214,7 +222,7 @@ def main(argv=None):
         )
     history = read_history(run_dir / "history.csv")
     results = {
-        "command": "python examples/cifar_resnet.py " + " ".join(argv or sys.argv[1:]),
+        "command": command(args),
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {
@@ -222,7 +230,7 @@ def main(argv=None):
             "backend": keras.backend.backend(),
             "keras_sparseopt": kso.__version__,
         },
-        "settings": vars(args) | {"data_dir": None},
+        "settings": {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")},
         "steps_per_epoch": steps,
         "test_accuracy": history[-1]["val_accuracy"],
         "history": history,

@@ -1,8 +1,11 @@
 """Dynamic sparse training: when and how masks change."""
 
+import collections
+import concurrent.futures
 import contextlib
 import math
 import numbers
+import os
 import zlib
 from typing import Any
 
@@ -158,7 +161,6 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         if self._gradient_steps:
             changed = optimizer.open_taps(self._gradient_steps, self.update_every)
         optimizer.sync()
-        self._logs = {"mask_change": 0.0}
         self._look_again()
         return changed
 
@@ -198,6 +200,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             sparsity=self._sparsity(),
             drop_fraction=self._current_drop_fraction(self._step),
             itop_rate=self.optimizer.itop_rate(),
+            mask_change=float(masks.host(self.optimizer.mask_change)),
         )
 
     def _update_if_due(self):
@@ -234,29 +237,46 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 "finite; the masks stay as they are."
             )
             return
-        changed = active = 0
-        for index, kernel in enumerate(kernels):
-            old = ops.convert_to_numpy(kernel.topology.mask)
-            num_active = int(old.sum())
-            num_update = math.floor(fraction * num_active)
-            active += num_active
-            if num_update == 0:
-                continue
-            scores = self.grow_scores(index, kernel)
-            weights = ops.convert_to_tensor(kernel)
-            new = masks.drop_and_grow(weights, old, scores, num_update)
-            new = ops.convert_to_numpy(new)
-            self.optimizer.rewire(kernel, new)
-            changed += int((new & ~old).sum())
-        self._logs["mask_change"] = changed / active
+        workers, counts = os.cpu_count() or 1, []
+        changed = 0
+        # Layers are ranked in parallel. Only a few wait at a time: their scores take memory.
+        waiting: collections.deque = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for index, kernel in enumerate(kernels):
+                mask = masks.host(kernel.topology.mask)
+                num_active = int(np.count_nonzero(mask))
+                num_update = math.floor(fraction * num_active)
+                counts.append(num_active)
+                if num_update > 0:
+                    arrays = masks.host(kernel), mask, masks.host(self.grow_scores(index, kernel))
+                    ranking = pool.submit(masks.drop_and_grow, *arrays, num_update)
+                    waiting.append((kernel, mask, ranking))
+                if len(waiting) > workers:
+                    changed += self._rewire(*waiting.popleft())
+            while waiting:
+                changed += self._rewire(*waiting.popleft())
+        self.optimizer.mask_change.assign(changed / sum(counts))
+
+    def _rewire(self, kernel, old, ranking):
+        """Returns how many connections are new."""
+        new = ranking.result()
+        num_new = int(np.count_nonzero(new & ~old))
+        self.optimizer.rewire(kernel, new)
+        return num_new
 
     def _gradients_are_finite(self, kernels):
-        finite = [ops.all(ops.isfinite(self.optimizer.dense_gradient(k))) for k in kernels]
-        return bool(ops.convert_to_numpy(ops.all(ops.stack(finite))))
+        for kernel in kernels:
+            gradient = masks.host(self.optimizer.dense_gradient(kernel)).ravel()
+            # One fast pass; it can only overflow where a gradient has become enormous.
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = np.isfinite(np.dot(gradient, gradient))
+            if not finite and not np.isfinite(gradient).all():
+                return False
+        return True
 
     def _sparsity(self):
         kernels = self.optimizer.sparse_kernels
-        active = sum(int(ops.convert_to_numpy(k.topology.mask).sum()) for k in kernels)
+        active = sum(int(np.count_nonzero(masks.host(k.topology.mask))) for k in kernels)
         return 1.0 - active / sum(math.prod(k.shape) for k in kernels)
 
     # ------------------------------------------------------------------ inside of `fit`

@@ -138,7 +138,7 @@ class SparseLayer(keras.layers.Layer):
         """The kernel with inactive weights exactly 0; its gradient is the *dense* one."""
         kernel = ops.convert_to_tensor(self.kernel)
         mask = ops.convert_to_tensor(self.kernel_mask)
-        inactive = ops.where(mask, ops.zeros_like(kernel), kernel)
+        inactive = ops.where(mask, ops.cast(0, kernel.dtype), kernel)
         return kernel - ops.stop_gradient(inactive)
 
     def call(self, inputs):

@@ -1,21 +1,31 @@
-"""Mask arithmetic: pure functions on arrays, written once in `keras.ops`.
+"""Mask arithmetic: pure functions on arrays.
+
+What runs in the training step is written in `keras.ops`; what runs between steps works on the
+host, in NumPy: nothing to compile, and one machine word per candidate instead of a sort.
 
 A mask is a bool array of its kernel's shape, `True` = active. A *neuron* is one
 output unit; `neuron_axes` names the kernel axes that index neurons (the last axis
 of a convolution), the remaining axes are its fan-in.
 """
 
-import functools
 import math
 
 import keras
 import numpy as np
 from keras import ops
 
-_INELIGIBLE = -(2**31)
-_NOT_A_NUMBER = _INELIGIBLE + 1
-_LARGEST = 2**31 - 1
-MAX_KERNEL_SIZE = _LARGEST
+MAX_KERNEL_SIZE = 2**31 - 1  # the correction counts in int32
+_SAMPLE = 2**14
+
+
+def host(x):
+    """`x` as a NumPy array, for reading: without a copy where the backend's memory allows."""
+    if isinstance(x, np.ndarray):
+        return x
+    x = ops.convert_to_tensor(x)
+    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
+        x = ops.cast(x, "float32")
+    return np.asarray(x)
 
 
 def fan_in_axes(rank, neuron_axes):
@@ -96,91 +106,34 @@ def correction(mask, neuron_axes):
 
 def masked(values, mask):
     """`values` where active, exactly 0 elsewhere (even where `values` is NaN)."""
-    return ops.where(mask, values, ops.zeros_like(values))
+    return ops.where(mask, values, ops.cast(0, values.dtype))
 
 
-def _order_keys(scores, eligible):
-    """int32 keys that sort as the float32 scores do; ineligible positions come last.
+def _largest(values, k):
+    """Positions of the `k` largest values (1-D), ties by lowest position, NaN as −∞."""
+    if np.isnan(values).any():
+        values = np.where(np.isnan(values), -np.inf, values)
+    if k == 0:
+        return np.empty(0, dtype=np.intp)
+    threshold = np.partition(values, values.size - k)[values.size - k]
+    above = np.flatnonzero(values > threshold)
+    tied = np.flatnonzero(values == threshold)[: k - above.size]
+    return np.concatenate([above, tied])
 
-    The bit pattern of a non-negative float sorts like the float. Negative floats sort
-    backwards, so their magnitude bits are flipped; NaN ranks below every number.
+
+def _likely_largest(values, k):
+    """Positions that almost surely hold the `k` largest values, and few others.
+
+    A sample brackets the threshold, so that one comparison replaces the selection over all
+    values. The stride is odd: kernel axes are mostly even, and must not resonate with it.
     """
-    scores = ops.cast(scores, "float32")
-    bits = ops.view(scores, "int32")
-    bits = ops.where(bits == _INELIGIBLE, 0, bits)  # −0.0 ties with 0.0; XLA drops `+ 0.0`
-    keys = ops.where(bits < 0, ops.bitwise_xor(bits, _LARGEST), bits)
-    keys = ops.where(ops.isnan(scores), _NOT_A_NUMBER, keys)
-    return ops.where(eligible, keys, _INELIGIBLE)
-
-
-def _kth_largest(keys, k):
-    """The k-th largest key, by bisection: static shapes, no sort, exact with ties."""
-
-    def unfinished(low, high):
-        return high > low
-
-    def halve(low, high):
-        # low + (high − low + 1) / 2 without overflow
-        middle = ops.right_shift(low, 1) + ops.right_shift(high, 1)
-        middle = middle + ops.bitwise_and(ops.bitwise_or(low, high), 1)
-        enough = ops.sum(ops.cast(keys >= middle, "int32")) >= k
-        return ops.where(enough, middle, low), ops.where(enough, high, middle - 1)
-
-    low = ops.convert_to_tensor(_INELIGIBLE, "int32")
-    high = ops.max(keys)
-    return ops.while_loop(unfinished, halve, (low, high))[0]
-
-
-def top_k_mask(scores, k, eligible):
-    """Mask of the `k` eligible positions of largest score, ties by lowest flat index.
-
-    Works inside compiled code: `k` may be a traced integer and no shape depends on it.
-
-    Args:
-        scores: Float tensor.
-        k: Int or int32 scalar tensor, at most the number of eligible positions.
-        eligible: Bool tensor of the same shape.
-
-    Returns:
-        Bool tensor of the same shape with exactly `k` `True`.
-    """
-    shape = scores.shape
-    keys = ops.reshape(_order_keys(scores, eligible), (-1,))
-    threshold = _kth_largest(keys, k)
-    above = keys > threshold
-    tied = keys == threshold
-    missing = k - ops.sum(ops.cast(above, "int32"))
-
-    def first_ones():
-        return ops.logical_and(tied, ops.cumsum(ops.cast(tied, "int32")) <= missing)
-
-    all_tied_fit = ops.sum(ops.cast(tied, "int32")) <= missing
-    chosen = ops.cond(all_tied_fit, lambda: tied, first_ones)
-    return ops.reshape(ops.logical_or(above, chosen), shape)
-
-
-def _drop_and_grow(weights, mask, scores, num_update):
-    active = ops.sum(ops.cast(mask, "int32"))
-    keep = top_k_mask(ops.abs(weights), active - num_update, mask)
-    grow = top_k_mask(scores, num_update, ops.logical_not(keep))
-    return ops.logical_or(keep, grow)
-
-
-@functools.cache
-def _compiled_drop_and_grow(shape, dtypes):
-    """One compiled function per shape and dtypes, so that nothing is ever traced again."""
-    del shape, dtypes
-
-    def update(weights, mask, scores, num_update):  # a new one each time: TF counts traces of it
-        return _drop_and_grow(weights, mask, scores, num_update)
-
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(update, jit_compile=True, autograph=False)
-    import jax
-
-    return jax.jit(update)
+    stride = max(1, values.size // _SAMPLE) | 1
+    sample = values[::stride]
+    expected = k / values.size * sample.size
+    rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)
+    if rank >= sample.size // 2:
+        return np.arange(values.size)
+    return np.flatnonzero(values >= np.partition(sample, sample.size - rank)[-rank])
 
 
 def drop_and_grow(weights, mask, scores, num_update):
@@ -194,7 +147,7 @@ def drop_and_grow(weights, mask, scores, num_update):
 
     The number of active weights is unchanged, exactly, also with ties (broken by the
     lowest flat index). A dropped position may grow again. Ranking is in float32; NaN
-    ranks below every number.
+    ranks as −∞. Runs on the host, and takes arrays of any backend.
 
     Args:
         weights: Float array, the kernel.
@@ -203,7 +156,7 @@ def drop_and_grow(weights, mask, scores, num_update):
         num_update: Int in [0, number of active weights].
 
     Returns:
-        The new mask: bool tensor of the kernel's shape.
+        The new mask: NumPy bool array of the kernel's shape.
 
     Raises:
         ValueError: If shapes differ, `mask` is not bool, or `num_update` is out of range.
@@ -224,30 +177,31 @@ def drop_and_grow(weights, mask, scores, num_update):
     References:
         Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020.
     """
-    weights, mask, scores = (ops.convert_to_tensor(x) for x in (weights, mask, scores))
-    if not tuple(weights.shape) == tuple(mask.shape) == tuple(scores.shape):
+    weights, mask, scores = host(weights), host(mask), host(scores)
+    if not weights.shape == mask.shape == scores.shape:
         raise ValueError(
             "`weights`, `mask` and `scores` must have one shape. Received: "
-            f"{tuple(weights.shape)}, {tuple(mask.shape)}, {tuple(scores.shape)}"
+            f"{weights.shape}, {mask.shape}, {scores.shape}"
         )
-    if keras.backend.standardize_dtype(mask.dtype) != "bool":
+    if mask.dtype != bool:
         raise ValueError(f"`mask` must be bool. Received: dtype={mask.dtype}")
-    if math.prod(weights.shape) > MAX_KERNEL_SIZE:
+    active = np.flatnonzero(mask)
+    integer = isinstance(num_update, (int, np.integer)) and not isinstance(num_update, bool)
+    if not integer or not 0 <= num_update <= active.size:
         raise ValueError(
-            f"A kernel may hold at most {MAX_KERNEL_SIZE} weights (counts are int32). "
-            f"Received: shape={tuple(weights.shape)}"
+            "`num_update` must be an int in [0, number of active weights = "
+            f"{active.size}]. Received: num_update={num_update!r}"
         )
-    if isinstance(num_update, (int, np.integer)):
-        active = int(ops.convert_to_numpy(ops.sum(ops.cast(mask, "int32"))))
-        if isinstance(num_update, bool) or not 0 <= num_update <= active:
-            raise ValueError(
-                "`num_update` must be in [0, number of active weights = "
-                f"{active}]. Received: num_update={num_update}"
-            )
-    elif not (ops.is_tensor(num_update) and "int" in str(num_update.dtype)):
-        raise ValueError(f"`num_update` must be an integer. Received: num_update={num_update!r}")
-    num_update = ops.convert_to_tensor(num_update, "int32")
-    compiled = _compiled_drop_and_grow(
-        tuple(weights.shape), (str(weights.dtype), str(scores.dtype))
-    )
-    return compiled(weights, mask, scores, num_update)
+    new = mask.ravel().copy()
+    # Of the negated magnitudes the largest, ties by the *highest* index: what is kept wins ties.
+    magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
+    magnitudes = np.where(np.isnan(magnitudes), np.float32(-1), magnitudes)
+    dropped = active[::-1][_largest(-magnitudes[::-1], num_update)]
+    new[dropped] = False
+    scores = scores.ravel().astype("float32", copy=False)
+    free = _likely_largest(scores, min(2 * num_update, active.size))
+    free = free[~new[free]]
+    if free.size < num_update:  # the kept weights have most of the best scores
+        free = np.flatnonzero(~new)
+    new[free[_largest(scores[free], num_update)]] = True
+    return new.reshape(mask.shape)

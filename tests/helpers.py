@@ -73,12 +73,12 @@ def correct_oracle(gradient, mask, neuron_axes):
 
 
 def drop_and_grow_oracle(weights, mask, scores, num_update):
-    """Sorts Python tuples: largest first, ties by lowest flat index, NaN below everything."""
+    """Sorts Python tuples: largest first, ties by lowest flat index, NaN as −∞."""
 
     def largest(values, positions, k):
         def key(i):
             x = float(values[i])
-            return (1, 0.0, i) if np.isnan(x) else (0, -x, i)
+            return (np.inf if np.isnan(x) else -x, i)
 
         return sorted(positions, key=key)[:k]
 

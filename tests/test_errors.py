@@ -61,8 +61,8 @@ WRONG_CALLS = {
     # masks
     "scores shape": (lambda: kso.drop_and_grow(W, M, W[0], 1), "`weights`, `mask` and `scores` must have one shape. Received: (2, 2), (2, 2), (2,)"),
     "mask dtype": (lambda: kso.drop_and_grow(W, W, W, 1), "`mask` must be bool. Received: dtype="),
-    "num_update large": (lambda: kso.drop_and_grow(W, M, W, 5), "`num_update` must be in [0, number of active weights = 4]. Received: num_update=5"),
-    "num_update float": (lambda: kso.drop_and_grow(W, M, W, 0.5), "`num_update` must be an integer. Received: num_update=0.5"),
+    "num_update large": (lambda: kso.drop_and_grow(W, M, W, 5), "`num_update` must be an int in [0, number of active weights = 4]. Received: num_update=5"),
+    "num_update float": (lambda: kso.drop_and_grow(W, M, W, 0.5), "`num_update` must be an int in [0, number of active weights = 4]. Received: num_update=0.5"),
     "set_mask shape": (lambda: kso.set_mask(built(), np.ones((3, 4), bool)), "The mask must be bool of shape (4, 3). Received: dtype bool, shape (3, 4)"),
     "set_mask dtype": (lambda: kso.set_mask(built(), np.ones((4, 3))), "The mask must be bool of shape (4, 3). Received: dtype float64, shape (4, 3)"),
     "set_mask layer": (lambda: kso.set_mask(keras.layers.Dense(3), M), "`layer` must be a sparse layer. Received: layer=<Dense"),

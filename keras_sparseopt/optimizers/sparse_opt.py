@@ -35,16 +35,14 @@ class _Kernel:
 
     def set_topology(self, mask):
         """Mask, weights and slots move together; NumPy `mask`."""
-        mask = np.array(mask)
-        survives = mask & ops.convert_to_numpy(self.topology.mask)
+        survives = ops.convert_to_tensor(mask & masks.host(self.topology.mask))
         for variable in (self.variable, *self.slots):
             variable.assign(masks.masked(ops.convert_to_tensor(variable), survives))
-        self.topology.mask.assign(mask)
+        # Copied: JAX may use NumPy's memory as it is, and cannot donate a buffer twice.
+        self.topology.mask.assign(mask.copy())
         if self.mask_copy is not None:
-            # A copy: JAX cannot donate one buffer twice.
             self.mask_copy.assign(mask.copy())
-        seen = ops.convert_to_numpy(self.explored) | np.packbits(mask)
-        self.explored.assign(seen)
+        self.explored.assign(masks.host(self.explored) | np.packbits(mask))
 
 
 class _Kernels:
@@ -142,6 +140,9 @@ class SparseOpt(WrapperOptimizer):
         with init_scope():
             with self._recorded_slots() as slots:
                 super().build(variables)
+            # The share of active weights that the last mask update made new. Kept here, so
+            # that a resumed training logs what the uninterrupted one would have.
+            self.mask_change = self.add_variable((), dtype="float32", name="mask_change")
             for index, variable in enumerate(variables):
                 if getattr(variable, "topology", None) is not None:
                     self._adopt(index, variable, slots.get(self._var_key(variable), []))
@@ -283,7 +284,7 @@ class SparseOpt(WrapperOptimizer):
             kernel: One sparse kernel, or `None` (default) for all.
         """
         for record in self._kernels if kernel is None else [self._find(kernel)]:
-            record.set_topology(ops.convert_to_numpy(record.topology.mask))
+            record.set_topology(masks.host(record.topology.mask))
 
     def itop_rate(self):
         """In-time over-parameterisation: the fraction of sparse weights ever active.
@@ -298,8 +299,7 @@ class SparseOpt(WrapperOptimizer):
             Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021.
         """
         explored = sum(
-            int(np.unpackbits(ops.convert_to_numpy(kernel.explored)).sum())
-            for kernel in self._kernels
+            int(np.bitwise_count(masks.host(kernel.explored)).sum()) for kernel in self._kernels
         )
         total = sum(math.prod(kernel.variable.shape) for kernel in self._kernels)
         return explored / total
