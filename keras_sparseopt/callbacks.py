@@ -16,6 +16,7 @@ from keras import ops
 from keras_sparseopt import masks
 from keras_sparseopt.conversion import sparse_layers
 from keras_sparseopt.optimizers import SparseOpt
+from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
 
 
 def _find_sparse_opt(optimizer):
@@ -53,7 +54,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     In a custom loop, the same object works without `fit`:
 
     ```
-    method.begin(optimizer, total_steps)
+    if method.begin(optimizer, total_steps):
+        ...                        # make the train step again, if it was compiled before
     for batch in data:
         train_step(batch)          # calls optimizer.apply once
         logs = method.step()
@@ -144,25 +146,36 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             keep dense gradients.
         """
         optimizer = _find_sparse_opt(optimizer)
+        if self.end_step is None and total_steps is None:
+            raise ValueError(
+                "`total_steps` must be given when the callback has no `end_step`. "
+                "Received: total_steps=None, end_step=None"
+            )
         if not optimizer.built:
             raise ValueError(
                 "`optimizer` must be built: call optimizer.build(model.trainable_variables)."
             )
         if not optimizer.sparse_kernels:
             raise ValueError(
-                "The optimizer trains no sparse layer. Convert the model with "
-                "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
+                "The optimizer trains no sparse layer, or all of them are frozen. Convert the "
+                "model with keras_sparseopt.sparsify(model, sparsity), or use SparseDense, …"
             )
-        self.optimizer = optimizer
-        self._end_step = self.end_step
-        if self._end_step is None and total_steps is not None:
-            self._end_step = math.ceil(0.75 * total_steps)
+        self.optimizer, self._settled = optimizer, False
+        self._set_horizon(0, total_steps)
         changed = False
         if self._gradient_steps:
             changed = optimizer.open_taps(self._gradient_steps, self.update_every)
         optimizer.sync()
         self._look_again()
         return changed
+
+    def _set_horizon(self, first_step, total_steps):
+        """Where annealing starts and updates end, in optimizer steps."""
+        if self.end_step is None:
+            self._first_step = first_step
+            self._end_step = math.ceil(first_step + 0.75 * total_steps)
+        else:
+            self._first_step, self._end_step = 0, self.end_step
 
     def step(self, batches=1):
         """Tell that the optimizer was applied; updates the masks when it is time.
@@ -173,6 +186,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         Returns:
             Dict with `sparsity`, `drop_fraction`, `itop_rate`, `mask_change`.
         """
+        if self.optimizer is None:
+            raise ValueError("`begin` must be called before `step`.")
         if self._may_be_due(batches):
             self._update_if_due()
         return dict(self._logs)
@@ -189,7 +204,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         applied batches are counted here; skipped steps only make the count an upper bound.
         """
         self._pending += batches
-        accumulation = self.optimizer.base_optimizer.gradient_accumulation_steps or 1
+        accumulation = self.optimizer.base_optimizer().gradient_accumulation_steps or 1
         return self._step + math.ceil(self._pending / accumulation) >= self._next
 
     def _look_again(self):
@@ -209,11 +224,6 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self._pending = 0
         if self._step // self.update_every == before:
             return
-        if self._end_step is None:
-            raise ValueError(
-                "`end_step` must be given: the number of steps of this training is unknown. "
-                "Received: end_step=None"
-            )
         if self.begin_step <= self._step < self._end_step:
             self._update_masks()
         self._look_again()
@@ -223,15 +233,20 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             value = float(ops.convert_to_numpy(self.drop_fraction(step)))
             _check_fraction(value)
             return value
-        if self._end_step is None:
-            return float(self.drop_fraction)
-        progress = min(step / self._end_step, 1.0)
+        progress = min((step - self._first_step) / (self._end_step - self._first_step), 1.0)
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * progress))
 
     def _update_masks(self):
         fraction = self._current_drop_fraction(self._step)
-        kernels = self.optimizer.sparse_kernels
-        if self._gradient_steps and not self._gradients_are_finite(kernels):
+        kernels = list(enumerate(self.optimizer.sparse_kernels))
+        if self._gradient_steps:
+            kernels = [(index, kernel) for index, kernel in kernels if self._has_gradient(kernel)]
+            if not kernels:
+                raise ValueError(
+                    "No dense gradient has arrived: the train step was compiled before "
+                    "`begin`, which then returned True. Make the train step again after it."
+                )
+        if self._gradient_steps and not self._gradients_are_finite(k for _, k in kernels):
             print(
                 f"\n{type(self).__name__}: the dense gradient at step {self._step} is not "
                 "finite; the masks stay as they are."
@@ -242,7 +257,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         # Layers are ranked in parallel. Only a few wait at a time: their scores take memory.
         waiting: collections.deque = collections.deque()
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for index, kernel in enumerate(kernels):
+            for index, kernel in kernels:
                 mask = masks.host(kernel.topology.mask)
                 num_active = int(np.count_nonzero(mask))
                 num_update = math.floor(fraction * num_active)
@@ -264,6 +279,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.optimizer.rewire(kernel, new)
         return num_new
 
+    def _has_gradient(self, kernel):
+        # A layer that no loss depends on has none; its topology stays.
+        gradient = masks.host(self.optimizer.dense_gradient(kernel)).ravel()
+        return gradient[0] != UNWRITTEN or not np.all(gradient == UNWRITTEN)
+
     def _gradients_are_finite(self, kernels):
         for kernel in kernels:
             gradient = masks.host(self.optimizer.dense_gradient(kernel)).ravel()
@@ -283,53 +303,73 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         model = self.model
-        optimizer = _find_sparse_opt(model.optimizer)
+        self.optimizer = None
+        _find_sparse_opt(model.optimizer)
+        self._check_interval(model.steps_per_execution)
+        if self.end_step is None and self.params.get("steps") is None:
+            raise ValueError(
+                "`end_step` must be given when the number of steps per epoch is unknown. "
+                "Received: end_step=None"
+            )
+        # TensorFlow builds a model without known input shape at its first batch.
+        if all(layer.built for layer in model._flatten_layers()):
+            self._begin_fit(model)
+
+    def _check_interval(self, steps_per_execution):
+        if self.update_every % steps_per_execution:
+            raise ValueError(
+                "`update_every` must be a multiple of `steps_per_execution`, or updates would "
+                f"come late. Received: update_every={self.update_every}, "
+                f"steps_per_execution={steps_per_execution}"
+            )
+
+    def _begin_fit(self, model):
         if not sparse_layers(model):
             raise ValueError(
                 "The model holds no sparse layer. Convert it with "
                 "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
                 f" Received: model '{model.name}'"
             )
-        if self.update_every % model.steps_per_execution:
-            raise ValueError(
-                "`update_every` must be a multiple of `steps_per_execution`, or updates would "
-                f"come late. Received: update_every={self.update_every}, "
-                f"steps_per_execution={model.steps_per_execution}"
-            )
-        if self.end_step is None and self.params.get("steps") is None:
-            raise ValueError(
-                "`end_step` must be given when the number of steps per epoch is unknown. "
-                "Received: end_step=None"
-            )
-        if not model.optimizer.built:
-            with _scope(model):
+        strategy = getattr(model, "distribute_strategy", None)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            if not model.optimizer.built:
                 model.optimizer.build(model.trainable_variables)
-        with _scope(model):
-            changed = self.begin(optimizer)
+            changed = self.begin(model.optimizer, total_steps=self._fit_steps(model) or 1)
         if changed:
             model.make_train_function(force=True)
-        self._first_epoch = True
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self._last_batch = -1
-        if not self._first_epoch:
-            return
-        # Only now: BackupAndRestore may have restored the step count after our
-        # `on_train_begin`.
-        self._first_epoch = False
-        self._attach_state()
+    def _fit_steps(self, model):
+        """Optimizer steps from epoch 0 to the end of this fit, `None` if unknown."""
+        if self.params.get("steps") is None:
+            return None
+        base = _find_sparse_opt(model.optimizer).base_optimizer()
+        accumulation = base.gradient_accumulation_steps or 1
+        return self.params["epochs"] * self.params["steps"] / accumulation
+
+    def _settle(self):
+        """Read phase and horizon off the step count, which may just have been restored."""
+        self._settled = True
         self.optimizer.sync()
         if self.end_step is None:
-            accumulation = self.optimizer.base_optimizer.gradient_accumulation_steps or 1
-            steps = self.params["steps"] / accumulation
+            steps = self._fit_steps(self._model)
             now = int(ops.convert_to_numpy(self.optimizer.iterations))
-            already = max(0, math.floor(now - epoch * steps))
-            self._end_step = math.ceil(already + 0.75 * self.params["epochs"] * steps)
+            before_this_fit = math.floor(now - self._epoch * steps / self.params["epochs"])
+            self._set_horizon(max(0, before_this_fit), steps)
         self._look_again()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last_batch, self._epoch = -1, epoch
+        # Not in `on_train_begin`: BackupAndRestore may have restored the state after ours.
+        if self.optimizer is not None and not self._settled:
+            self._attach_state()
+            self._settle()
 
     def on_train_batch_end(self, batch, logs=None):
         batches, self._last_batch = batch - self._last_batch, batch
-        if self._may_be_due(batches):
+        if self.optimizer is None:
+            self._begin_fit(self.model)
+            self._settle()
+        elif self._may_be_due(batches):
             self._attach_state()
             self._update_if_due()
         if logs is not None:
@@ -345,6 +385,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             logs.update(self._logs)
 
     def on_train_end(self, logs=None):
+        if self.optimizer is None:
+            return
         self.end()
         if self._gradient_steps:
             # The compiled step writes to the freed gradients; `fit` makes a new one.
@@ -499,6 +541,9 @@ class Static(DynamicSparseTraining):
     def __init__(self):
         super().__init__(update_every=1, drop_fraction=0.0, end_step=1)
 
+    def _check_interval(self, steps_per_execution):
+        pass
+
     def _may_be_due(self, batches):
         return False
 
@@ -515,9 +560,3 @@ def _check_fraction(value):
             "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. "
             f"Received: drop_fraction={value!r}"
         )
-
-
-def _scope(model):
-    """The model's `tf.distribute` scope; nothing on other backends."""
-    strategy = getattr(model, "distribute_strategy", None)
-    return contextlib.nullcontext() if strategy is None else strategy.scope()

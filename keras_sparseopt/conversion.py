@@ -72,8 +72,9 @@ def sparsify(model, sparsity, distribution="erk", exclude=(), seed=0):
             each layer within one weight of its share. `"uniform"`: every masked layer at
             `sparsity`, the first convolution stays dense. Or a dict from layer name to
             sparsity; layers that it does not name stay dense.
-        exclude: Layers to leave dense: a name, a pattern such as `"block1_*"`, a layer class,
-            a predicate `layer → bool`, or a list of these.
+        exclude: Layers to leave dense: a name, a pattern such as `"block1_*"`, a layer, a layer
+            class, a predicate `layer → bool`, or a list of these. Frozen layers are masked as
+            well; exclude them with `lambda layer: not layer.trainable`.
         seed: Int, masks are drawn from (seed, position of the layer).
 
     Returns:
@@ -100,7 +101,7 @@ def sparsify(model, sparsity, distribution="erk", exclude=(), seed=0):
     """
     _check_clonable(model)
     if not isinstance(distribution, dict):
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
             raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
         if not 0 <= sparsity < 1:
             raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
@@ -148,6 +149,7 @@ def strip(model):
 
     Raises:
         TypeError: If the model is subclassed.
+        ValueError: If a sparse layer lies inside of another layer.
 
     Example:
 
@@ -173,7 +175,14 @@ def strip(model):
             config["kernel_initializer"] = keras.initializers.serialize(plain)
         return _DENSE_CLASS[type(layer)].from_config(config)
 
-    return _clone(model, convert)
+    plain = _clone(model, convert)
+    left = [f"'{layer.name}' ({type(layer).__name__})" for layer in sparse_layers(plain)]
+    if left:
+        raise ValueError(
+            "`model` must hold its sparse layers as layers of its own, not inside of other "
+            f"layers, and none of a subclass. Received: {', '.join(left)}"
+        )
+    return plain
 
 
 def set_mask(layer, mask):
@@ -291,13 +300,16 @@ def _graph_layers(model):
 
 
 def _without_excluded(layers, exclude):
-    rules = [exclude] if isinstance(exclude, (str, type)) or callable(exclude) else list(exclude)
+    single = isinstance(exclude, (str, type)) or callable(exclude)
+    rules = [exclude] if single else list(exclude)
     excluded = set()
     for rule in rules:
         if isinstance(rule, str):
             hits = [x for x in layers if fnmatch.fnmatchcase(x.name, rule)]
         elif isinstance(rule, type):
             hits = [x for x in layers if isinstance(x, rule)]
+        elif isinstance(rule, keras.layers.Layer):
+            hits = [x for x in layers if x is rule]
         elif callable(rule):
             hits = [x for x in layers if rule(x)]
         else:
@@ -305,10 +317,10 @@ def _without_excluded(layers, exclude):
                 "`exclude` must hold names, patterns, layer classes or predicates. "
                 f"Received: exclude={exclude!r}"
             )
-        if not hits and isinstance(rule, str):
+        if not hits and isinstance(rule, (str, type, keras.layers.Layer)):
             raise ValueError(
                 "`exclude` must name layers that could be masked: "
-                f"{[layer.name for layer in layers]}. Received: {rule!r}"
+                f"{[layer.name for layer in layers]}. Received: exclude={rule!r}"
             )
         excluded |= {id(layer) for layer in hits}
     return [layer for layer in layers if id(layer) not in excluded]
@@ -325,7 +337,7 @@ def _active_counts(layers, sparsity, distribution):
                 f"Received: {unknown}"
             )
         for name, value in distribution.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
                 raise ValueError(
                     f"`distribution` must hold floats in [0, 1). Received: {name}={value!r}"
                 )

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _check(shapes, sparsity):
-    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if not isinstance(sparsity, (int, float, np.floating)) or not 0 <= sparsity < 1:
         raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity!r}")
     shapes = [tuple(shape) for shape in shapes]
     if any(len(shape) < 2 or min(shape) < 1 for shape in shapes):
@@ -131,12 +131,21 @@ def exact_counts(shapes, sparsities, sparsity):
         sparsity: Float, the global sparsity that they realise.
 
     Returns:
-        List of ints, summing to `round((1 − sparsity) · Σ sizes)` (each at least one).
+        List of ints, each at least one, summing to `round((1 − sparsity) · Σ sizes)`.
     """
     sizes = np.array([math.prod(shape) for shape in shapes])
     shares = (1.0 - np.asarray(sparsities)) * sizes
-    counts = np.floor(shares + 1e-6).astype(np.int64)
-    missing = round((1.0 - sparsity) * int(sizes.sum())) - int(counts.sum())
+    total = round((1.0 - sparsity) * int(sizes.sum()))
+    if total < len(sizes):
+        raise ValueError(
+            "`sparsity` must leave at least one active weight per kernel. Received: "
+            f"sparsity={sparsity}, {total} active weights for {len(sizes)} kernels"
+        )
+    counts = np.maximum(np.floor(shares + 1e-6), 1).astype(np.int64)
+    missing = total - int(counts.sum())
     room = np.argsort(-(shares - counts), kind="stable")
     counts[room[: max(missing, 0)]] += 1
-    return [int(c) for c in np.clip(counts, 1, sizes)]
+    while counts.sum() > total:  # the guaranteed single weights have overdrawn the budget
+        excess = np.where(counts > 1, counts - shares, -np.inf)
+        counts[np.argmax(excess)] -= 1
+    return [int(count) for count in counts]

@@ -60,7 +60,7 @@ class SparseLayer(keras.layers.Layer):
     """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
 
     def __init__(self, *args, sparsity=0.0, seed=None, skew_correction=True, **kwargs):
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
             raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
@@ -133,15 +133,19 @@ class SparseLayer(keras.layers.Layer):
         kernel.topology = Topology(self.kernel_mask, neuron_axes, self._skew_correction, self.name)
         return kernel
 
+    def _mask(self):
+        return ops.convert_to_tensor(self.kernel_mask)
+
     @property
     def masked_kernel(self):
         """The kernel with inactive weights exactly 0; its gradient is the *dense* one."""
         kernel = ops.convert_to_tensor(self.kernel)
-        mask = ops.convert_to_tensor(self.kernel_mask)
+        mask = self._mask()
         inactive = ops.where(mask, ops.cast(0, kernel.dtype), kernel)
         return kernel - ops.stop_gradient(inactive)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        # `training` is part of `Dense.call`, which uses it for quantization only.
         return super().call.__func__(_KernelView(self), inputs)
 
     @property
@@ -159,6 +163,8 @@ class SparseLayer(keras.layers.Layer):
     @property
     def neuron_sparsity(self):
         """Inactive fraction of each neuron's fan-in: NumPy array, one entry per neuron."""
+        if not self.built:
+            raise AttributeError("You must build the layer before accessing `neuron_sparsity`.")
         mask = ops.convert_to_numpy(self.kernel_mask)
         topology = self._kernel.topology
         return 1.0 - mask.mean(axis=masks.fan_in_axes(mask.ndim, topology.neuron_axes))
@@ -172,9 +178,15 @@ class SparseLayer(keras.layers.Layer):
         }
 
     def save_own_variables(self, store):
-        super().save_own_variables(store)
+        own: dict = {}
+        super().save_own_variables(own)
         if self.built:
-            store["kernel_mask"] = self.kernel_mask
+            # An optimizer other than SparseOpt may have moved inactive weights; they do not
+            # belong to the model, whose forward pass ignores them.
+            own["0"] = masks.masked(ops.convert_to_tensor(own["0"]), self._mask())
+            own["kernel_mask"] = self.kernel_mask
+        for name, value in own.items():
+            store[name] = value
 
     def load_own_variables(self, store):
         if self.built:
@@ -182,6 +194,7 @@ class SparseLayer(keras.layers.Layer):
         super().load_own_variables(store)
         if self.built:
             self.kernel_mask.assign(store["kernel_mask"])
+            self._kernel.assign(masks.masked(ops.convert_to_tensor(self._kernel), self._mask()))
             optimizer = self._kernel.topology.optimizer
             if optimizer is not None:
                 optimizer.sync(self._kernel)
@@ -200,12 +213,6 @@ class SparseLayer(keras.layers.Layer):
                 f"The file does not fit layer '{self.name}': `kernel_mask` must be bool of "
                 f"shape {shape}. Received: kernel_mask of dtype {mask.dtype} and shape "
                 f"{mask.shape}, kernel of shape {kernel.shape}"
-            )
-        if np.any(kernel[~mask]):
-            raise ValueError(
-                f"The file does not fit layer '{self.name}': the kernel must be 0 wherever "
-                "`kernel_mask` is False. Received: "
-                f"{np.count_nonzero(kernel[~mask])} non-zero inactive weights"
             )
 
     def enable_lora(self, *args, **kwargs):

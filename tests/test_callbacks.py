@@ -173,7 +173,7 @@ def test_drop_fraction_schedule_of_keras():
 
 
 def test_static_never_changes_and_logs():
-    _, recorder, history = fit(kso.Static())
+    _, recorder, history = fit(kso.Static(), compile_args={"steps_per_execution": 2})
     assert recorder.update_steps == []
     assert history.history["mask_change"] == [0.0, 0.0]
     assert history.history["drop_fraction"] == [0.0, 0.0]
@@ -325,3 +325,126 @@ def test_updates_do_not_trace_the_train_step_again():
     traces.clear()
     fit(kso.RigL(3, 0.5, end_step=100), model=model, epochs=3)
     assert len(traces) <= 2
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = kso.SparseDense(16, sparsity=0.8, seed=1, use_bias=False)
+        self.norm = keras.layers.BatchNormalization()
+        self.head = kso.SparseDense(3, sparsity=0.5, seed=2, skew_correction=False)
+
+    def call(self, x, training=False):
+        return self.head(keras.ops.relu(self.norm(self.hidden(x), training=training)))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["subclassed", "Sequential without Input"])
+def test_a_model_that_is_first_built_inside_of_fit(name, kind):
+    model = Subclassed()
+    if kind != "subclassed":
+        model = keras.Sequential(
+            [
+                kso.SparseDense(16, sparsity=0.8, seed=1),
+                keras.layers.BatchNormalization(),
+                kso.SparseDense(3, sparsity=0.5, seed=2),
+            ]
+        )
+    model = compiled(model, sgd())
+    x, y = data(32)
+    callback = METHODS[name](end_step=100)
+    changes = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            changes.append(logs["mask_change"])
+
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback, Watch()])
+    assert max(changes) > 0
+    assert_invariants(model)
+
+
+@pytest.mark.backend("tensorflow")  # on JAX, Keras itself wants a new optimizer then
+@BOTH
+def test_layers_frozen_later_keep_their_topology(name):
+    model, _, _ = fit(METHODS[name]())
+    frozen, other = kso.sparse_layers(model)
+    frozen.trainable = False
+    compiled(model, model.optimizer)
+    before = array(frozen.kernel), array(frozen.kernel_mask), array(other.kernel_mask)
+    x, y = data(32)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[METHODS[name](end_step=1000)])
+    assert np.array_equal(before[0], array(frozen.kernel))
+    assert np.array_equal(before[1], array(frozen.kernel_mask))
+    assert not np.array_equal(before[2], array(other.kernel_mask))
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_train_step_compiled_before_begin_is_found_out():
+    import tensorflow as tf
+
+    model, optimizer = mlp(), sgd()
+    optimizer.build(model.trainable_variables)
+    compute = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    x, y = data(8)
+
+    @tf.function
+    def train_step():
+        with tf.GradientTape() as tape:
+            value = compute(y, model(x, training=True))
+        gradients = tape.gradient(value, model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
+
+    train_step()
+    rigl = kso.RigL(1, end_step=100)
+    assert rigl.begin(optimizer)
+    train_step()
+    with pytest.raises(ValueError, match="compiled before `begin`"):
+        rigl.step()
+
+
+@pytest.mark.backend("tensorflow")  # JAX knows no missing gradients, only zeros
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_layer_without_loss_keeps_its_topology():
+    inputs = keras.Input((12,))
+    used, unused = kso.SparseDense(3, sparsity=0.5), kso.SparseDense(3, sparsity=0.5)
+    model = keras.Model(inputs, [used(inputs), unused(inputs)])
+    model.compile(optimizer=sgd(), loss=[keras.losses.MeanSquaredError(), None])
+    before = masks_of(model)
+    x, y = data(32)
+    model.fit(
+        x, [y[:, None], y[:, None]], batch_size=4, verbose=0,
+        callbacks=[kso.RigL(2, 0.5, end_step=100)],
+    )  # fmt: skip
+    after = masks_of(model)
+    assert not np.array_equal(before[0], after[0])
+    assert np.array_equal(before[1], after[1])
+
+
+def test_annealing_starts_anew_in_a_second_fit():
+    model, _, _ = fit(kso.SET(2, 0.8), epochs=6)
+    recorder = Recorder()
+    x, y = data(32)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[kso.SET(2, 0.8), recorder])
+    # 8 steps, updates before the sixth: cos(π · t / 6)
+    fractions = [recorder.logs[i]["drop_fraction"] for i in (1, 3)]
+    assert fractions == pytest.approx([0.4 * (1 + np.cos(np.pi * t / 6)) for t in (2, 4)])
+
+
+def test_restored_best_weights_bring_their_masks():
+    stopping = keras.callbacks.EarlyStopping(
+        monitor="loss", mode="max", patience=1, restore_best_weights=True
+    )
+    model, _, _ = fit_raw(kso.RigL(2, 0.5, end_step=1000), [stopping], epochs=4)
+    for layer in kso.sparse_layers(model):
+        assert not array(layer.kernel)[~array(layer.kernel_mask)].any()
+    fit(kso.Static(), model.optimizer, model=model)  # takes the masks over
+
+
+def fit_raw(method, callbacks, epochs):
+    model = compiled(mlp(), sgd())
+    x, y = data(32)
+    history = model.fit(
+        x, y, epochs=epochs, batch_size=4, verbose=0, callbacks=[method, *callbacks]
+    )
+    return model, None, history

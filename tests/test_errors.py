@@ -43,6 +43,18 @@ def unknown_length():
     model.fit(batches(), shuffle=False, verbose=0, callbacks=[kso.RigL(1)])
 
 
+def built_sgd():
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([keras.Variable(np.zeros((2, 2), "float32"))])
+    return optimizer
+
+
+def ham_twice():
+    sgd = keras.optimizers.SGD()
+    kso.HAM(sgd)
+    kso.HAM(sgd)
+
+
 SGD = keras.optimizers.SGD
 W, M = np.ones((2, 2), "float32"), np.ones((2, 2), bool)
 
@@ -78,7 +90,7 @@ WRONG_CALLS = {
     "distribution name": (lambda: kso.sparsify(dense_net(), 0.5, "ERK"), "`distribution` must be one of ['er', 'erk', 'uniform'] or a dict from layer name to sparsity. Received: distribution='ERK'"),
     "distribution layer": (lambda: kso.sparsify(dense_net(), None, {"x": 0.5}), "`distribution` must name layers that can be masked: ['d']. Received: ['x']"),
     "distribution value": (lambda: kso.sparsify(dense_net(), None, {"d": 1.0}), "`distribution` must hold floats in [0, 1). Received: d=1.0"),
-    "exclude typo": (lambda: kso.sparsify(dense_net(), 0.5, exclude="dd"), "`exclude` must name layers that could be masked: ['d']. Received: 'dd'"),
+    "exclude typo": (lambda: kso.sparsify(dense_net(), 0.5, exclude="dd"), "`exclude` must name layers that could be masked: ['d']. Received: exclude='dd'"),
     "exclude kind": (lambda: kso.sparsify(dense_net(), 0.5, exclude=[3]), "`exclude` must hold names, patterns, layer classes or predicates. Received: exclude=[3]"),
     "everything excluded": (lambda: kso.sparsify(dense_net(), 0.5, exclude="d"), "No layer is left to mask"),
     "subclassed": (lambda: kso.sparsify(Subclassed(), 0.5), "Received: Subclassed, a subclassed model, whose layers cannot be exchanged from outside. Use the layers directly"),
@@ -117,7 +129,15 @@ WRONG_CALLS = {
     "steps_per_execution": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(3), steps_per_execution=2), "`update_every` must be a multiple of `steps_per_execution`, or updates would come late. Received: update_every=3, steps_per_execution=2"),
     "unknown length": (unknown_length, "`end_step` must be given when the number of steps per epoch is unknown. Received: end_step=None"),
     "schedule value": (lambda: fit(kso.SparseOpt("sgd"), kso.SET(1, keras.optimizers.schedules.ExponentialDecay(2.0, 1, 1.0))), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=2.0"),
-    "begin unbuilt": (lambda: kso.SET().begin(kso.SparseOpt("sgd")), "`optimizer` must be built: call optimizer.build(model.trainable_variables)."),
+    "begin without horizon": (lambda: kso.SET().begin(kso.SparseOpt("sgd")), "`total_steps` must be given when the callback has no `end_step`. Received: total_steps=None, end_step=None"),
+    "step before begin": (lambda: kso.SET().step(), "`begin` must be called before `step`."),
+    "inner built": (lambda: kso.SparseOpt(built_sgd()), "`inner_optimizer` must be new: this one was built for other variables already. Received: inner_optimizer=SGD"),
+    "HAM twice on one": (lambda: ham_twice(), "`inner_optimizer` must not be in another HAM already"),
+    "too sparse for the layers": (lambda: kso.sparsify(dense_net(), 0.99), "`sparsity` must leave at least one active weight per kernel. Received: sparsity=0.99, 0 active weights for 1 kernels"),
+    "exclude class": (lambda: kso.sparsify(dense_net(), 0.5, exclude=keras.layers.Conv2D), "Received: exclude=<class"),
+    "strip composite": (lambda: kso.strip(keras.Sequential([keras.Input((2, 3)), keras.layers.TimeDistributed(kso.SparseDense(2, name="i"))])), "`model` must hold its sparse layers as layers of its own, not inside of other layers, and none of a subclass. Received: 'i' (SparseDense)"),
+    "neuron_sparsity unbuilt": (lambda: kso.SparseDense(2).neuron_sparsity, "You must build the layer before accessing `neuron_sparsity`."),
+    "begin unbuilt": (lambda: kso.SET(end_step=9).begin(kso.SparseOpt("sgd")), "`optimizer` must be built: call optimizer.build(model.trainable_variables)."),
     # analysis
     "EGF p": (lambda: kso.effective_gradient_flow([W], [M], p=3), "`p` must be 1 or 2. Received: p=3"),
     "EGF lists": (lambda: kso.effective_gradient_flow([W, W], [M]), "`gradients` and `masks` must be non-empty lists of one length. Received: 2 gradients, 1 masks"),
@@ -131,7 +151,7 @@ WRONG_CALLS = {
 @pytest.mark.filterwarnings("ignore:SparseOpt found no sparse layer")
 def test_wrong_call(name):
     call, message = WRONG_CALLS[name]
-    with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
+    with pytest.raises((ValueError, TypeError, NotImplementedError, AttributeError)) as error:
         call()
     assert message in str(error.value)
 

@@ -214,7 +214,7 @@ def test_config_round_trip():
     )
     copy = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert copy.get_config() == optimizer.get_config()
-    assert (copy.inner_optimizer.alpha, copy.base_optimizer.momentum) == (7, 0.5)
+    assert (copy.inner_optimizer.alpha, copy.base_optimizer().momentum) == (7, 0.5)
 
 
 def test_constraint_that_moves_inactive_weights():
@@ -271,7 +271,11 @@ def test_itop_rate_is_the_union_of_all_masks():
     layer = kso.SparseDense(6, sparsity=0.7, seed=0)
     layer.build((None, 11))
     optimizer = kso.SparseOpt("sgd")
+    gradients = [keras.ops.ones(v.shape) for v in layer.trainable_variables]
     optimizer.build(layer.trainable_variables)
+    # Before the first step a new mask replaces the initial one; it was never trained.
+    optimizer.rewire(layer.kernel, np.random.default_rng(9).random((11, 6)) < 0.3)
+    optimizer.apply(gradients, layer.trainable_variables)
     seen = [[array(layer.kernel_mask)]]
     for seed in range(4):
         mask = np.random.default_rng(seed).random((11, 6)) < 0.3

@@ -20,7 +20,8 @@ class HAM(WrapperOptimizer):
     `g` is the gradient that the inner step used (clipped, accumulated, all-reduced) and `lr`
     its learning rate at that step. Biases and other vectors keep the inner step alone. A
     variable whose gradient is not finite skips the multiplicative step. A weight that is 0
-    stays 0, so inactive weights of a sparse layer are safe.
+    stays 0, so inactive weights of a sparse layer are safe. With the default `alpha` the step is
+    strong: at `lr = 0.1` a gradient of 0.05 changes a weight by a factor of e.
 
     Nesting: `SparseOpt(HAM(SGD(...)))` is right, because HAM then sees the masked, corrected
     gradient. `HAM(SparseOpt(...))` is refused. HAM alone works on dense networks.
@@ -61,6 +62,11 @@ class HAM(WrapperOptimizer):
             if not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"`{argument}` must be ≥ 0. Received: {argument}={value!r}")
         super().__init__(inner_optimizer, name=name)
+        if "update_step" in vars(self.inner_optimizer):
+            raise ValueError(
+                "`inner_optimizer` must not be in another HAM already: the hyperbolic step would "
+                f"be applied twice. Received: inner_optimizer={self.inner_optimizer.name}"
+            )
         self.alpha = float(alpha)
         self.beta = float(beta)
         # `update_step` is the one place that sees the final gradient, once per real update

@@ -11,6 +11,9 @@ from keras import ops
 from keras_sparseopt import masks
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer, init_scope
 
+# What a dense gradient is before any step has written it.
+UNWRITTEN = -math.inf
+
 
 class _Kernel:
     """One sparse kernel as its optimizer sees it."""
@@ -33,8 +36,19 @@ class _Kernel:
         source = self.topology.mask if self.mask_copy is None else self.mask_copy
         return ops.convert_to_tensor(source)
 
-    def set_topology(self, mask):
-        """Mask, weights and slots move together; NumPy `mask`."""
+    def is_initialized(self):
+        """`False` while TensorFlow traces the step that will create the layer's variables."""
+        if keras.backend.backend() != "tensorflow":
+            return True
+        return bool(self.topology.mask.value.is_initialized())
+
+    def set_topology(self, mask, initial):
+        """Mask, weights and slots move together.
+
+        Args:
+            mask: NumPy bool array.
+            initial: Bool, whether no step was taken yet: masks before do not count as explored.
+        """
         survives = ops.convert_to_tensor(mask & masks.host(self.topology.mask))
         for variable in (self.variable, *self.slots):
             variable.assign(masks.masked(ops.convert_to_tensor(variable), survives))
@@ -42,7 +56,8 @@ class _Kernel:
         self.topology.mask.assign(mask.copy())
         if self.mask_copy is not None:
             self.mask_copy.assign(mask.copy())
-        self.explored.assign(masks.host(self.explored) | np.packbits(mask))
+        explored = np.packbits(mask)
+        self.explored.assign(explored if initial else masks.host(self.explored) | explored)
 
 
 class _Kernels:
@@ -147,7 +162,8 @@ class SparseOpt(WrapperOptimizer):
                 if getattr(variable, "topology", None) is not None:
                     self._adopt(index, variable, slots.get(self._var_key(variable), []))
             self._check_slots(slots)
-            self.sync()
+            if all(kernel.is_initialized() for kernel in self._kernels):
+                self.sync()
         if not self._kernels.by_index:
             warnings.warn(
                 "SparseOpt found no sparse layer among the trainable variables and acts as "
@@ -159,7 +175,7 @@ class SparseOpt(WrapperOptimizer):
     @contextlib.contextmanager
     def _recorded_slots(self):
         """Which slots belong to which variable, recorded while the base optimizer makes them."""
-        base = self.base_optimizer
+        base = self.base_optimizer()
         slots: dict = {}
         original = base.add_variable_from_reference
 
@@ -189,33 +205,23 @@ class SparseOpt(WrapperOptimizer):
     def _check_slots(self, slots):
         followed = {id(slot) for group in slots.values() for slot in group}
         shapes = {tuple(kernel.variable.shape) for kernel in self._kernels}
-        for variable in self.base_optimizer.variables:
+        for variable in self.base_optimizer().variables:
             if tuple(variable.shape) in shapes and id(variable) not in followed:
                 raise ValueError(
-                    f"{type(self.base_optimizer).__name__} holds a slot that SparseOpt cannot "
+                    f"{type(self.base_optimizer()).__name__} holds a slot that SparseOpt cannot "
                     f"follow through mask updates: '{variable.path}' was not made by "
                     "`add_variable_from_reference` or `add_optimizer_variables`."
                 )
 
     # ------------------------------------------------------------------ one training step
 
-    def apply(self, grads, trainable_variables=None):
-        if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-            if not self.built:
-                self.build(trainable_variables)
-        elif not self.built:
-            raise ValueError(
-                "`apply` without `trainable_variables` needs a built optimizer. "
-                "Call `optimizer.build(trainable_variables)` first."
-            )
-        variables = trainable_variables or self._trainable_variables
+    def _apply(self, grads, variables):
         kernels = [self._find(variable) for variable in variables]
         grads = [
             grad if kernel is None or grad is None else self._tap_and_correct(grad, kernel)
             for grad, kernel in zip(grads, kernels)
         ]
-        self.inner_optimizer.apply(grads, trainable_variables)
+        super()._apply(grads, variables)
         for kernel in kernels:
             if kernel is not None and self._moves_inactive_weights(kernel):
                 variable = kernel.variable
@@ -229,28 +235,30 @@ class SparseOpt(WrapperOptimizer):
         if kernel.tap is not None:
             self._tap(grad, kernel)
         mask = kernel.mask
-        masked = masks.masked(grad, mask)
         if not (self.skew_correction and kernel.topology.skew_correction):
-            return masked
+            return masks.masked(grad, mask)
         scale = masks.correction(mask, kernel.topology.neuron_axes)
-        corrected = masked * ops.cast(scale, grad.dtype)
         if self.renormalize:
-            before, after = (ops.sqrt(ops.sum(ops.square(g))) for g in (masked, corrected))
-            corrected = corrected * ops.where(after > 0, before / after, 1.0)
-        return corrected
+            active = ops.cast(masks.masked(grad, mask), "float32")
+            before, after = (ops.sum(ops.square(g)) for g in (active, active * scale))
+            scale = scale * ops.sqrt(before / ops.where(after > 0, after, 1.0))
+        return masks.masked(grad * ops.cast(scale, grad.dtype), mask)
 
     def _moves_inactive_weights(self, kernel):
         # Muon orthogonalises the whole matrix; a constraint may return anything.
         return (
-            kernel.variable.constraint is not None or type(self.base_optimizer).__name__ == "Muon"
+            kernel.variable.constraint is not None or type(self.base_optimizer()).__name__ == "Muon"
         )
 
     # ------------------------------------------------------------------ topology
 
     @property
     def sparse_kernels(self):
-        """The sparse kernels (Keras variables) that this optimizer trains, in order."""
-        return [kernel.variable for kernel in self._kernels]
+        """The sparse kernels (Keras variables) that this optimizer trains, in order.
+
+        Without those of layers that were frozen since it was built.
+        """
+        return [kernel.variable for kernel in self._kernels if kernel.variable.trainable]
 
     def rewire(self, kernel, new_mask):
         """Change one kernel's topology: mask, weights and slots together.
@@ -272,7 +280,8 @@ class SparseOpt(WrapperOptimizer):
                 "`kernel` must be a sparse kernel that this optimizer was built with. "
                 f"Received: kernel={getattr(kernel, 'path', kernel)}"
             )
-        record.set_topology(masks.check_mask(new_mask, record.variable.shape))
+        mask = masks.check_mask(new_mask, record.variable.shape)
+        record.set_topology(mask, initial=self._has_not_stepped())
 
     def sync(self, kernel=None):
         """Take over masks that were changed from outside, such as by `set_weights`.
@@ -284,7 +293,10 @@ class SparseOpt(WrapperOptimizer):
             kernel: One sparse kernel, or `None` (default) for all.
         """
         for record in self._kernels if kernel is None else [self._find(kernel)]:
-            record.set_topology(masks.host(record.topology.mask))
+            record.set_topology(masks.host(record.topology.mask), self._has_not_stepped())
+
+    def _has_not_stepped(self):
+        return int(ops.convert_to_numpy(self.base_optimizer()._iterations)) == 0
 
     def itop_rate(self):
         """In-time over-parameterisation: the fraction of sparse weights ever active.
@@ -320,7 +332,7 @@ class SparseOpt(WrapperOptimizer):
         Returns:
             Bool, whether anything changed.
         """
-        accumulation = self.base_optimizer.gradient_accumulation_steps or 1
+        accumulation = self.base_optimizer().gradient_accumulation_steps or 1
         window = steps * accumulation
         interval = 1 if window == 1 else every * accumulation
         state = self._kernels
@@ -330,7 +342,7 @@ class SparseOpt(WrapperOptimizer):
         state.tap_window, state.tap_interval = window, interval
         for kernel in state:
             kernel.tap = keras.Variable(
-                keras.initializers.Zeros(),
+                keras.initializers.Constant(UNWRITTEN),
                 shape=kernel.variable.shape,
                 dtype=kernel.variable.dtype,
                 trainable=False,
@@ -353,7 +365,8 @@ class SparseOpt(WrapperOptimizer):
             kernel: Keras variable, one of `sparse_kernels`.
 
         Returns:
-            Tensor of the kernel's shape, neither masked nor corrected.
+            Tensor of the kernel's shape, neither masked nor corrected; −inf throughout if no
+            step has written it.
         """
         record = self._find(kernel)
         if record is None or record.tap is None:
@@ -365,17 +378,13 @@ class SparseOpt(WrapperOptimizer):
             grad = grad / self.loss_scale_factor
         window, interval = self._kernels.tap_window, self._kernels.tap_interval
         if window > 1:
-            position = self.base_optimizer._iterations % interval
+            position = self.base_optimizer()._iterations % interval
             tap = ops.convert_to_tensor(kernel.tap)
-            restart = position <= interval - window
+            restart = ops.logical_or(position <= interval - window, tap == UNWRITTEN)
             grad = ops.where(restart, ops.zeros_like(tap), tap) + grad / window
         kernel.tap.assign(grad)
 
     # ------------------------------------------------------------------ state
-
-    @property
-    def _saved_variables(self):
-        return super().variables
 
     @property
     def variables(self):
@@ -385,23 +394,7 @@ class SparseOpt(WrapperOptimizer):
         if keras.backend.backend() == "jax":
             for kernel in self._kernels:
                 transient += [v for v in (kernel.mask_copy, kernel.tap) if v is not None]
-        return self._saved_variables + transient
-
-    def save_own_variables(self, store):
-        for i, variable in enumerate(self._saved_variables):
-            store[str(i)] = ops.convert_to_numpy(variable)
-
-    def load_own_variables(self, store):
-        if len(store.keys()) != len(self._saved_variables):
-            warnings.warn(
-                f"Skipping variable loading for optimizer '{self.name}': it has "
-                f"{len(self._saved_variables)} variables, the file {len(store.keys())}.",
-                stacklevel=2,
-            )
-            return
-        for i, variable in enumerate(self._saved_variables):
-            variable.assign(store[str(i)])
-        # The layers' masks may still be the old ones here; they call `sync` when they load.
+        return super().variables + transient
 
     def get_config(self):
         return {

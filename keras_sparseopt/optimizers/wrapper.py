@@ -1,6 +1,7 @@
 """What `SparseOpt` and `HAM` share: being a Keras optimizer around another one."""
 
 import contextlib
+import warnings
 
 import keras
 
@@ -40,6 +41,11 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
             )
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         self._refuse(inner_optimizer)
+        if inner_optimizer.built:
+            raise ValueError(
+                "`inner_optimizer` must be new: this one was built for other variables already. "
+                f"Received: inner_optimizer={type(inner_optimizer).__name__}"
+            )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = inner_optimizer
 
@@ -55,7 +61,7 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
                 )
             inner_optimizer = getattr(inner_optimizer, "inner_optimizer", None)
 
-    @property
+    # Not a property: Keras would save the optimizer once more under its name.
     def base_optimizer(self):
         """The innermost optimizer: the one that holds the slots and the step count."""
         optimizer = self.inner_optimizer
@@ -72,7 +78,19 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
             trainable_variables = list(trainable_variables)
             if not self.built:
                 self.build(trainable_variables)
-        self.inner_optimizer.apply(grads, trainable_variables)
+        elif not self.built:
+            raise ValueError(
+                "`apply` without `trainable_variables` needs a built optimizer. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        self._apply(list(grads), trainable_variables or self._trainable_variables)
+
+    def _apply(self, grads, variables):
+        self.inner_optimizer.apply(grads, variables)
+
+    def apply_gradients(self, grads_and_vars):
+        super().apply_gradients(grads_and_vars)
+        return self.iterations
 
     @property
     def variables(self):
@@ -108,6 +126,22 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    # Keras saves the inner optimizer by itself, as a child; here only what is the wrapper's own.
+    def save_own_variables(self, store):
+        for i, variable in enumerate(self._variables):
+            store[str(i)] = keras.ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        if len(store.keys()) != len(self._variables):
+            warnings.warn(
+                f"Skipping variable loading for optimizer '{self.name}': it has "
+                f"{len(self._variables)} variables of its own, the file {len(store.keys())}.",
+                stacklevel=2,
+            )
+            return
+        for i, variable in enumerate(self._variables):
+            variable.assign(store[str(i)])
 
     def get_config(self):
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)
