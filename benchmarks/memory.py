@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 
+LAYERS = 12
 WAYS = ("dense", "SparseOpt", "SparseOpt + SET", "SparseOpt + RigL")
 
 
@@ -34,7 +35,7 @@ def train(way, units, steps):
     import keras_sparseopt as kso
 
     layers = [keras.Input((units,))]
-    for _ in range(3):
+    for _ in range(LAYERS):
         layers += [keras.layers.Dense(units, use_bias=False), keras.layers.BatchNormalization()]
     model = keras.Sequential([*layers, keras.layers.Dense(10)])
     del layers
@@ -70,7 +71,7 @@ def train(way, units, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--units", type=int, default=3000)
+    parser.add_argument("--units", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -88,7 +89,7 @@ def main():
         measured[way] = json.loads(output.splitlines()[-1])
     from common import report
 
-    weights = 3 * args.units**2
+    weights = LAYERS * args.units**2
     dense = measured["dense"]
     rows = [
         {

@@ -266,7 +266,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                     arrays = masks.host(kernel), mask, masks.host(self.grow_scores(index, kernel))
                     ranking = pool.submit(masks.drop_and_grow, *arrays, num_update)
                     waiting.append((kernel, mask, ranking))
-                if len(waiting) > workers:
+                if len(waiting) >= workers:
                     changed += self._rewire(*waiting.popleft())
             while waiting:
                 changed += self._rewire(*waiting.popleft())
