@@ -79,8 +79,6 @@ class SparseLayer(keras.layers.Layer):
                     "strip the trained model and apply it to the plain layer. "
                     f"Received: {refused}={kwargs[refused]!r}"
                 )
-        if kwargs.get("kernel_initializer") == "sparse_he_normal":
-            kwargs["kernel_initializer"] = SparseHeNormal()
         super().__init__(*args, **kwargs)
         if self.quantization_mode is not None:
             raise ValueError(

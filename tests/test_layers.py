@@ -163,6 +163,15 @@ def test_sparse_he_normal_uses_the_actual_fan_in(name):
     assert scaled[mask & many].std() == pytest.approx(scaled[mask & ~many].std(), rel=0.05)
 
 
+def test_sparse_he_normal_is_a_name_for_keras():
+    layer = kso.SparseConv2D(
+        4, 3, (1, 1), "same", None, (1, 1), 1, None, False, "sparse_he_normal", sparsity=0.5
+    )
+    assert type(layer.kernel_initializer) is kso.SparseHeNormal
+    copy = kso.SparseConv2D.from_config(layer.get_config())
+    assert type(copy.kernel_initializer) is kso.SparseHeNormal
+
+
 def test_sparse_he_normal_in_a_plain_layer_is_he_normal():
     plain, sparse = (
         keras.layers.Dense(5, kernel_initializer=initializer)
