@@ -28,7 +28,7 @@ def resnet20():
 
 
 def resnet50():
-    size = 64
+    size = 160
     return keras.applications.ResNet50(
         weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
     ), 32, size  # fmt: skip

@@ -366,7 +366,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         batches, self._last_batch = batch - self._last_batch, batch
-        if self.optimizer is None:
+        if self.optimizer is None:  # the first batch has built the model
             self._begin_fit(self.model)
             self._settle()
         elif self._may_be_due(batches):

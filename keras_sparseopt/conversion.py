@@ -91,8 +91,8 @@ def sparsify(model, sparsity, distribution="erk", exclude=(), seed=0):
     import keras
     import keras_sparseopt as kso
 
-    dense = keras.applications.MobileNetV3Small(weights=None)
-    model = kso.sparsify(dense, 0.9, exclude=["conv", "*squeeze_excite*"])
+    dense = keras.applications.MobileNet(weights=None)
+    model = kso.sparsify(dense, 0.9, exclude=["conv1", "conv_preds"])
     kso.summary(model)
     ```
 

@@ -55,6 +55,7 @@ def test_cifar_resnet_resumes_exactly_by_the_same_command(tmp_path, monkeypatch)
     assert straight["history"][-1]["itop_rate"] > 0.1
 
 
+@pytest.mark.backend("tensorflow")  # the test above runs the example on both
 @pytest.mark.parametrize("method, optimizer", [("dense", "sgd"), ("rigl", "ham")])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_cifar_resnet_options(tmp_path, method, optimizer, monkeypatch):
