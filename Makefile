@@ -12,8 +12,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.test lint
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest
-	KERAS_BACKEND=jax $(BIN)/python -m pytest
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses 2
+	KERAS_BACKEND=jax $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@
 A small BatchNorm ResNet learns scikit-learn's digits (1797 real scans of 8×8 pixels, a fixed
 third of them for testing) at 95 % sparsity. Every seed trains twice from the same weights and
 masks: once with the plain inner optimizer, once with SparseOpt around it. What was measured
-ends as a table, as `digits.png` and as `digits.json`, whichever way it comes out.
+ends as a table, as `runs/digits.png` and as `runs/digits.json`, whichever way it comes out.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def picture(runs, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("."))
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
     args = parser.parse_args(argv)
     epochs, seeds = (2, 1) if args.quick else (EPOCHS, SEEDS)
     data = load()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.backend("tensorflow")  # the next test runs an example on both
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_digits(tmp_path, capsys):
     import digits
