@@ -1,7 +1,7 @@
 """Mask arithmetic: pure functions on arrays.
 
 What runs in the training step is written in `keras.ops`; what runs between steps works on the
-host, in NumPy: nothing to compile, and one machine word per candidate instead of a sort.
+host, in NumPy: nothing to compile, and no sort of whole kernels.
 
 A mask is a bool array of its kernel's shape, `True` = active. A *neuron* is one
 output unit; `neuron_axes` names the kernel axes that index neurons (the last axis
