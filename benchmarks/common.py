@@ -1,19 +1,20 @@
 """What the benchmarks share: a table, a JSON file, and the facts about the machine."""
 
-import datetime
 import json
-import os
 import pathlib
-import platform
 import sys
 
 import keras
 
+# The benchmarks measure the networks of the examples.
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+from record import facts  # noqa: E402
+
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
-def report(name, rows, aims, notes=()):
-    """Print the rows as a table and write them to `results/<name>-<backend>.json`."""
+def report(name, rows, aims, notes=(), both_backends=False):
+    """Print the rows as a table and write them to `results/<name>[-<backend>].json`."""
     columns = list(rows[0])
     cells = [columns] + [[_text(row[column]) for column in columns] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
@@ -22,12 +23,10 @@ def report(name, rows, aims, notes=()):
     for note in (*aims, *notes):
         print(note)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{keras.backend.backend()}.json"
+    path = RESULTS / (name + ("" if both_backends else f"-{keras.backend.backend()}") + ".json")
     content = {
-        "command": f"python benchmarks/{name}.py " + " ".join(sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {"keras": keras.__version__, "backend": keras.backend.backend()},
+        "command": " ".join([f"python benchmarks/{name}.py", *sys.argv[1:]]),
+        **facts(),
         "aims": list(aims),
         "notes": list(notes),
         "rows": rows,

@@ -9,18 +9,14 @@ updates are left out here (`mask_update.py` measures them).
 """
 
 import argparse
-import pathlib
-import sys
 import time
 
 import keras
 import numpy as np
 from common import report
+from models import resnet
 
 import keras_sparseopt as kso
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-from models import resnet  # noqa: E402
 
 
 def resnet20():

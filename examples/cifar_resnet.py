@@ -10,11 +10,9 @@ CPU cores; the README holds what a two-epoch run measured.
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import pathlib
-import platform
 import sys
 import time
 
@@ -23,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from models import resnet
+from record import facts
 
 import keras_sparseopt as kso
 
@@ -223,13 +222,7 @@ def main(argv=None):
     history = read_history(run_dir / "history.csv")
     results = {
         "command": command(args),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {
-            "keras": keras.__version__,
-            "backend": keras.backend.backend(),
-            "keras_sparseopt": kso.__version__,
-        },
+        **facts(),
         "settings": {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")},
         "steps_per_epoch": steps,
         "test_accuracy": history[-1]["val_accuracy"],

@@ -10,16 +10,14 @@ ends as a table, as `runs/digits.png` and as `runs/digits.json`, whichever way i
 """
 
 import argparse
-import datetime
 import json
-import os
 import pathlib
-import platform
 import time
 
 import keras
 import numpy as np
 from models import resnet
+from record import facts
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -205,13 +203,7 @@ def main(argv=None):
     picture(runs, args.output / "digits.png")
     results = {
         "command": "python examples/digits.py" + (" --quick" if args.quick else ""),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "versions": {
-            "keras": keras.__version__,
-            "backend": keras.backend.backend(),
-            "keras_sparseopt": kso.__version__,
-        },
+        **facts(),
         "settings": {
             "sparsity": SPARSITY, "epochs": epochs, "seeds": seeds, "batch_size": BATCH_SIZE,
             "learning_rate": f"{LEARNING_RATE}, cosine to 0", "momentum": MOMENTUM,

@@ -9,6 +9,7 @@ if keras.backend.backend() not in ("tensorflow", "jax"):
     )
 
 from keras_sparseopt.analysis import effective_gradient_flow, itop_rate
+from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import SET, DynamicSparseTraining, RigL, Static
 from keras_sparseopt.conversion import (
     masks_from_zeros,
@@ -18,6 +19,11 @@ from keras_sparseopt.conversion import (
     strip,
 )
 from keras_sparseopt.cost import layer_costs, summary
+from keras_sparseopt.distribution import (
+    assert_replicas_agree,
+    fit_distributed,
+    resolve_strategy,
+)
 from keras_sparseopt.distributions import er, erk, uniform
 from keras_sparseopt.initializers import SparseHeNormal
 from keras_sparseopt.layers import (
@@ -35,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HAM",
     "SET",
+    "BackupAndRestore",
     "DynamicSparseTraining",
     "RigL",
     "SparseConv1D",
@@ -45,13 +52,16 @@ __all__ = [
     "SparseHeNormal",
     "SparseOpt",
     "Static",
+    "assert_replicas_agree",
     "drop_and_grow",
     "effective_gradient_flow",
     "er",
     "erk",
+    "fit_distributed",
     "itop_rate",
     "layer_costs",
     "masks_from_zeros",
+    "resolve_strategy",
     "set_mask",
     "sparse_layers",
     "sparsify",

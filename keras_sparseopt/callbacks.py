@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import math
 import numbers
 import os
@@ -15,6 +14,7 @@ from keras import ops
 
 from keras_sparseopt import masks
 from keras_sparseopt.conversion import sparse_layers
+from keras_sparseopt.distribution import assert_replicas_agree, check_fit, strategy_scope
 from keras_sparseopt.optimizers import SparseOpt
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
 
@@ -75,6 +75,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
             the steps of this fit.
         seed: Int, defaults to 0; of random growth.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices after every update (`assert_replicas_agree`): slow, for debugging.
 
     Raises:
         ValueError: For an argument out of range; at the start of training if the optimizer is
@@ -101,8 +103,20 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     # How many steps' dense gradients `grow_scores` needs; 0 for none.
     _gradient_steps = 0
 
-    def __init__(self, update_every=100, drop_fraction=0.3, begin_step=0, end_step=None, seed=0):
+    def __init__(
+        self,
+        update_every=100,
+        drop_fraction=0.3,
+        begin_step=0,
+        end_step=None,
+        seed=0,
+        check_replicas=False,
+    ):
         super().__init__()
+        if not isinstance(check_replicas, bool):
+            raise ValueError(
+                f"`check_replicas` must be a bool. Received: check_replicas={check_replicas!r}"
+            )
         _check_int("update_every", update_every, 1)
         _check_int("begin_step", begin_step, 0)
         if end_step is not None:
@@ -115,6 +129,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
+        self.check_replicas = check_replicas
         self.optimizer: Any = None
         self._logs: dict[str, float] = {}
 
@@ -240,18 +255,18 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         fraction = self._current_drop_fraction(self._step)
         kernels = list(enumerate(self.optimizer.sparse_kernels))
         if self._gradient_steps:
-            kernels = [(index, kernel) for index, kernel in kernels if self._has_gradient(kernel)]
+            gradients = [_Values(self.optimizer.dense_gradient(kernel)) for _, kernel in kernels]
+            # A layer that no loss depends on has none; its topology stays.
+            kernels = [pair for pair, g in zip(kernels, gradients) if g.are_written]
             if not kernels:
                 raise ValueError(
                     "No dense gradient has arrived: the train step was compiled before "
                     "`begin`, which then returned True. Make the train step again after it."
                 )
-        if self._gradient_steps and not self._gradients_are_finite(k for _, k in kernels):
-            print(
-                f"\n{type(self).__name__}: the dense gradient at step {self._step} is not "
-                "finite; the masks stay as they are."
-            )
-            return
+            if not all(g.are_finite for g in gradients if g.are_written):
+                return self._keep_masks("the dense gradient is")
+        if not all(_Values(kernel).are_finite for _, kernel in kernels):
+            return self._keep_masks("the weights are")
         workers, counts = os.cpu_count() or 1, []
         changed = 0
         # Layers are ranked in parallel. Only a few wait at a time: their scores take memory.
@@ -271,6 +286,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             while waiting:
                 changed += self._rewire(*waiting.popleft())
         self.optimizer.mask_change.assign(changed / sum(counts))
+        if self.check_replicas:
+            assert_replicas_agree(self.optimizer)
 
     def _rewire(self, kernel, old, ranking):
         """Returns how many connections are new."""
@@ -279,20 +296,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.optimizer.rewire(kernel, new)
         return num_new
 
-    def _has_gradient(self, kernel):
-        # A layer that no loss depends on has none; its topology stays.
-        gradient = masks.host(self.optimizer.dense_gradient(kernel)).ravel()
-        return gradient[0] != UNWRITTEN or not np.all(gradient == UNWRITTEN)
-
-    def _gradients_are_finite(self, kernels):
-        for kernel in kernels:
-            gradient = masks.host(self.optimizer.dense_gradient(kernel)).ravel()
-            # One fast pass; it can only overflow where a gradient has become enormous.
-            with np.errstate(over="ignore", invalid="ignore"):
-                finite = np.isfinite(np.dot(gradient, gradient))
-            if not finite and not np.isfinite(gradient).all():
-                return False
-        return True
+    def _keep_masks(self, what):
+        print(
+            f"\n{type(self).__name__}: {what} not finite at step {self._step}; "
+            "the masks stay as they are."
+        )
 
     def _sparsity(self):
         kernels = self.optimizer.sparse_kernels
@@ -305,6 +313,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         model = self.model
         self.optimizer = None
         _find_sparse_opt(model.optimizer)
+        check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_interval(model.steps_per_execution)
         if self.end_step is None and self.params.get("steps") is None:
             raise ValueError(
@@ -330,12 +339,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
                 f" Received: model '{model.name}'"
             )
-        strategy = getattr(model, "distribute_strategy", None)
-        with contextlib.nullcontext() if strategy is None else strategy.scope():
-            if not model.optimizer.built:
+        if not model.optimizer.built:
+            with strategy_scope(model.optimizer):
                 model.optimizer.build(model.trainable_variables)
-            changed = self.begin(model.optimizer, total_steps=self._fit_steps(model) or 1)
-        if changed:
+        if self.begin(model.optimizer, total_steps=self._fit_steps(model) or 1):
             model.make_train_function(force=True)
 
     def _fit_steps(self, model):
@@ -417,6 +424,8 @@ class RigL(DynamicSparseTraining):
         gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
             steps, defaults to 1. At most `update_every`.
         seed: Int; RigL draws nothing at random, kept for a uniform signature.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices after every update (`assert_replicas_agree`): slow, for debugging.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a wrong `growth_gradient` or
@@ -457,8 +466,9 @@ class RigL(DynamicSparseTraining):
         growth_gradient="original",
         seed=0,
         gradient_steps=1,
+        check_replicas=False,
     ):
-        super().__init__(update_every, drop_fraction, begin_step, end_step, seed)
+        super().__init__(update_every, drop_fraction, begin_step, end_step, seed, check_replicas)
         if growth_gradient not in ("original", "corrected"):
             raise ValueError(
                 '`growth_gradient` must be "original" or "corrected". '
@@ -501,6 +511,8 @@ class SET(DynamicSparseTraining):
         end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
             the steps of this fit.
         seed: Int, defaults to 0.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices after every update (`assert_replicas_agree`): slow, for debugging.
 
     Raises:
         ValueError: As `DynamicSparseTraining`.
@@ -546,6 +558,19 @@ class Static(DynamicSparseTraining):
 
     def _may_be_due(self, batches):
         return False
+
+
+class _Values:
+    """What an update must know of a gradient or of weights before it may use them."""
+
+    def __init__(self, tensor):
+        values = masks.host(tensor).ravel()
+        # One fast pass; it can only overflow where a value has become enormous.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.are_finite = bool(np.isfinite(np.dot(values, values)))
+        if not self.are_finite:
+            self.are_finite = bool(np.isfinite(values).all())
+        self.are_written = self.are_finite or not np.all(values == UNWRITTEN)
 
 
 def _check_int(argument, value, minimum):

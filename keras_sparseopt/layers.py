@@ -128,6 +128,9 @@ class SparseLayer(keras.layers.Layer):
             autocast=False,
             aggregation="only_first_replica",
         )
+        if kernel._layout is not None:  # JAX: a sharded kernel's mask is sharded like it
+            self.kernel_mask._layout = kernel._layout
+            self.kernel_mask.assign(self.kernel_mask.value)
         kernel.topology = Topology(self.kernel_mask, neuron_axes, self._skew_correction, self.name)
         return kernel
 

@@ -264,7 +264,22 @@ def test_no_mask_is_computed_from_a_gradient_that_is_not_finite(capsys):
     x, y = data(12)
     model.fit(x, y, batch_size=4, verbose=0, callbacks=[kso.RigL(3, 0.5, end_step=100)])
     assert all(np.array_equal(a, b) for a, b in zip(before, masks_of(model)))
-    assert "not finite; the masks stay" in capsys.readouterr().out
+    expected = "RigL: the dense gradient is not finite at step 3; the masks stay as they are."
+    assert expected in capsys.readouterr().out
+
+
+@BOTH
+def test_no_mask_is_computed_from_weights_that_are_not_finite(name, capsys):
+    model = compiled(mlp(), sgd())
+    kernel = kso.sparse_layers(model)[1].kernel
+    kernel.assign(np.where(array(kernel) == array(kernel).max(), np.nan, array(kernel)))
+    before = masks_of(model)
+    x, y = data(12)
+    model.fit(
+        x, y, batch_size=4, verbose=0, callbacks=[METHODS[name](update_every=3, end_step=100)]
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(before, masks_of(model)))
+    assert "not finite at step 3; the masks stay as they are" in capsys.readouterr().out
 
 
 def test_dense_gradients_are_freed_after_fit():

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import masks
+from keras_sparseopt.distribution import check_optimizer, check_strategy, strategy_scope
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer, init_scope
 
 # What a dense gradient is before any step has written it.
@@ -28,7 +29,10 @@ class _Kernel:
         self.mask_copy = None
         if keras.backend.backend() == "jax":
             self.mask_copy = keras.Variable(
-                ops.convert_to_numpy(self.topology.mask), dtype="bool", trainable=False
+                ops.convert_to_numpy(self.topology.mask),
+                dtype="bool",
+                trainable=False,
+                layout=variable._layout,
             )
 
     @property
@@ -56,8 +60,26 @@ class _Kernel:
         self.topology.mask.assign(mask.copy())
         if self.mask_copy is not None:
             self.mask_copy.assign(mask.copy())
-        explored = np.packbits(mask)
+        explored = _packed_bits(mask)
         self.explored.assign(explored if initial else masks.host(self.explored) | explored)
+
+
+def _summed_over_replicas(gradient):
+    """The gradient of the global batch: Keras scales the loss by 1/replicas."""
+    if keras.backend.backend() != "tensorflow":
+        return gradient  # JAX's step is written for the global batch
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return gradient
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, gradient)
+
+
+def _packed_bits(mask):
+    """One bit per weight, as int32."""
+    bits = np.packbits(mask)
+    return np.pad(bits, (0, -bits.size % 4)).view("int32")
 
 
 class _Kernels:
@@ -145,6 +167,7 @@ class SparseOpt(WrapperOptimizer):
             if not isinstance(value, bool):
                 raise ValueError(f"`{argument}` must be a bool. Received: {argument}={value!r}")
         super().__init__(inner_optimizer, name=name)
+        check_strategy(self)
         self.skew_correction = skew_correction
         self.renormalize = renormalize
         self._kernels = _Kernels()
@@ -152,6 +175,7 @@ class SparseOpt(WrapperOptimizer):
     def build(self, variables):
         if self.built:
             return
+        check_optimizer(self)
         with init_scope():
             with self._recorded_slots() as slots:
                 super().build(variables)
@@ -194,8 +218,8 @@ class SparseOpt(WrapperOptimizer):
     def _adopt(self, index, variable, slots):
         size = math.prod(variable.shape)
         explored = self.add_variable(
-            shape=(-(-size // 8),),
-            dtype="uint8",
+            shape=(-(-size // 32),),
+            dtype="int32",  # several TensorFlow workers cannot share a uint8
             name=f"{variable.path.replace('/', '_')}_explored",
         )
         slots = [slot for slot in slots if tuple(slot.shape) == tuple(variable.shape)]
@@ -239,7 +263,7 @@ class SparseOpt(WrapperOptimizer):
             return masks.masked(grad, mask)
         scale = masks.correction(mask, kernel.topology.neuron_axes)
         if self.renormalize:
-            active = ops.cast(masks.masked(grad, mask), "float32")
+            active = _summed_over_replicas(ops.cast(masks.masked(grad, mask), "float32"))
             before, after = (ops.sum(ops.square(g)) for g in (active, active * scale))
             scale = scale * ops.sqrt(before / ops.where(after > 0, after, 1.0))
         return masks.masked(grad * ops.cast(scale, grad.dtype), mask)
@@ -311,7 +335,8 @@ class SparseOpt(WrapperOptimizer):
             Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021.
         """
         explored = sum(
-            int(np.bitwise_count(masks.host(kernel.explored)).sum()) for kernel in self._kernels
+            int(np.bitwise_count(masks.host(kernel.explored).view("uint32")).sum())
+            for kernel in self._kernels
         )
         total = sum(math.prod(kernel.variable.shape) for kernel in self._kernels)
         return explored / total
@@ -340,17 +365,19 @@ class SparseOpt(WrapperOptimizer):
         if unchanged and all(kernel.tap is not None for kernel in state):
             return False
         state.tap_window, state.tap_interval = window, interval
-        for kernel in state:
-            kernel.tap = keras.Variable(
-                keras.initializers.Constant(UNWRITTEN),
-                shape=kernel.variable.shape,
-                dtype=kernel.variable.dtype,
-                trainable=False,
-                # Keras scales the loss by 1/replicas, so the sum is the global gradient.
-                aggregation="sum",
-                synchronization="on_read",
-                name=f"{kernel.variable.path.replace('/', '_')}_dense_gradient",
-            )
+        with strategy_scope(self):
+            for kernel in state:
+                kernel.tap = keras.Variable(
+                    keras.initializers.Constant(UNWRITTEN),
+                    shape=kernel.variable.shape,
+                    dtype=kernel.variable.dtype,
+                    trainable=False,
+                    # Keras scales the loss by 1/replicas, so the sum is the global gradient.
+                    aggregation="sum",
+                    synchronization="on_read",
+                    layout=kernel.variable._layout,
+                    name=f"{kernel.variable.path.replace('/', '_')}_dense_gradient",
+                )
         return True
 
     def close_taps(self):
@@ -388,13 +415,15 @@ class SparseOpt(WrapperOptimizer):
 
     @property
     def variables(self):
-        # Mask copies and taps are part of JAX's step state but follow from other state,
-        # so they are never saved.
-        transient = []
-        if keras.backend.backend() == "jax":
-            for kernel in self._kernels:
-                transient += [v for v in (kernel.mask_copy, kernel.tap) if v is not None]
+        # JAX's step must carry the transient state as well.
+        transient = self.transient_variables if keras.backend.backend() == "jax" else []
         return super().variables + transient
+
+    @property
+    def transient_variables(self):
+        """Mask copies and dense gradients: they follow from other state and are never saved."""
+        copies = [v for kernel in self._kernels for v in (kernel.mask_copy, kernel.tap)]
+        return [v for v in copies if v is not None]
 
     def get_config(self):
         return {

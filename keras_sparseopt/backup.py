@@ -1,0 +1,268 @@
+"""A training state on disk that is always whole, and the way back from it."""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparseopt.distribution import strategy_scope, worker_index
+from keras_sparseopt.optimizers import SparseOpt
+
+_NAME = re.compile(r"epoch-\d{6}\.npz")
+_CHECKSUM_SIZE = hashlib.sha256().digest_size
+
+
+class BackupAndRestore(keras.callbacks.Callback):
+    """Saves the training after every epoch; the same command, run again, goes on from there.
+
+    ```
+    every epoch:  write everything to a temporary file, flush it to disk, rename it
+    start of fit: read the newest whole backup, check it, then restore all of it
+    ```
+
+    A process killed at any moment and started again ends exactly where the uninterrupted one
+    would have: weights, masks, optimizer slots, step count, Batch Normalization statistics, random
+    generators of layers, and `History`. What `keras.callbacks.BackupAndRestore` lacks for that:
+    the file is never half written, the epoch is in the same file as the weights, history and the
+    generators of Dropout are part of it, damage is noticed, and the last backup stays when
+    training ends, so that a command run once more has nothing left to do.
+
+    The order of the data is yours: it must depend on (seed, epoch) only. `initial_epoch` is the
+    epoch that training will go on with, so that a data set can start there.
+
+    Damaged files (cut off, bits flipped, not a backup of this model) are named in a warning, and
+    the previous backup is used. If there are files but none is usable, training does not start.
+
+    With several processes, worker 0 writes and all read: `backup_dir` must be on storage that
+    all see. State of other callbacks (patience of `EarlyStopping`) is not saved.
+
+    Args:
+        backup_dir: Path of a directory for this training alone.
+        keep: Int ≥ 1, how many of the newest backups stay, defaults to 2.
+
+    Attributes:
+        initial_epoch: Int, epochs that the newest usable backup has completed; 0 without one.
+
+    Raises:
+        ValueError: For a wrong argument; at the start of `fit` if the model is not built, or
+            no file in `backup_dir` is usable although there are some.
+
+    Example:
+
+    ```python
+    import tempfile
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    def train(epochs, backup_dir):
+        model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
+        model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+        backup = kso.BackupAndRestore(backup_dir)
+        return model.fit(
+            np.ones((8, 8)), np.ones((8, 4)), epochs=epochs, shuffle=False, verbose=0,
+            callbacks=[kso.RigL(update_every=1, end_step=10), backup],
+        )
+
+    with tempfile.TemporaryDirectory() as backup_dir:
+        train(2, backup_dir)
+        assert train(3, backup_dir).epoch == [0, 1, 2]  # only the last one was trained
+    ```
+    """
+
+    def __init__(self, backup_dir, keep=2):
+        super().__init__()
+        if not isinstance(backup_dir, (str, os.PathLike)) or not str(backup_dir):
+            raise ValueError(
+                f"`backup_dir` must be the path of a directory. Received: backup_dir={backup_dir!r}"
+            )
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"`keep` must be an int ≥ 1. Received: keep={keep!r}")
+        self.backup_dir = pathlib.Path(backup_dir)
+        self.keep = keep
+        self._history: dict[int, dict] = {}
+
+    @property
+    def initial_epoch(self):
+        backup = self._newest()
+        return 0 if backup is None else backup["epochs"]
+
+    # ------------------------------------------------------------------ Keras' hooks
+
+    def on_train_begin(self, logs=None):
+        model = self.model
+        if not all(layer.built for layer in model._flatten_layers()):
+            raise ValueError(
+                "BackupAndRestore needs a model that is built before `fit`: give its first layer "
+                f"an input shape. Received: model '{model.name}'"
+            )
+        if not model.optimizer.built:
+            with strategy_scope(model.optimizer):
+                model.optimizer.build(model.trainable_variables)
+        self._history, self._history_restored = {}, False
+        backup = self._newest(variables=self._variables())
+        if backup is not None:
+            self._restore(backup)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._restore_history()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._history[epoch] = {name: float(value) for name, value in (logs or {}).items()}
+        _ = self.model  # on JAX this brings the state back into the variables
+        state = [ops.convert_to_numpy(variable) for variable in self._variables()]
+        if worker_index(self.model) == 0:
+            self._write(epoch + 1, state)
+
+    def on_train_end(self, logs=None):
+        self._restore_history()  # where no epoch was left to train
+
+    def _restore_history(self):
+        # Not in `on_train_begin`: Keras' own History empties itself there, after us.
+        if self._history_restored:
+            return
+        self._history_restored = True
+        history = self.model.history
+        for epoch, logs in sorted(self._history.items()):
+            history.epoch.append(epoch)
+            for name, value in logs.items():
+                history.history.setdefault(name, []).append(value)
+
+    # ------------------------------------------------------------------ the state
+
+    def _variables(self):
+        """All that a training consists of, in an order that is the same in every process."""
+        model = self.model
+        optimizer = model.optimizer
+        transient = {id(v) for v in _transient_variables(optimizer)}
+        return list(model.variables) + [v for v in optimizer.variables if id(v) not in transient]
+
+    def _restore(self, backup):
+        for variable, value in zip(self._variables(), backup["state"]):
+            variable.assign(value)
+        sparse_opt = _sparse_opt(self.model.optimizer)
+        if sparse_opt is not None:
+            sparse_opt.sync()
+        self._history = {int(epoch): logs for epoch, logs in backup["history"].items()}
+        self.model._initial_epoch = backup["epochs"]
+
+    # ------------------------------------------------------------------ files
+
+    def _write(self, epochs, state):
+        self.backup_dir.mkdir(parents=True, exist_ok=True)
+        path = self.backup_dir / f"epoch-{epochs:06d}.npz"
+        unfinished = path.with_suffix(".unfinished")
+        about = {"epochs": epochs, "history": self._history, "variables": self._signature()}
+        with open(unfinished, "w+b") as file:
+            arrays = {f"{i:05d}": _to_bytes(value) for i, value in enumerate(state)}
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").digest())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        for old in self._files()[self.keep :]:
+            old.unlink()
+
+    def _signature(self):
+        """What must be equal for a backup to be of this model.
+
+        Names without their numbers: Keras numbers layers on through a process.
+        """
+        return [
+            [re.sub(r"_\d+(?=_|$)", "", v.name), list(v.shape), v.dtype] for v in self._variables()
+        ]
+
+    def _files(self):
+        """The backups, newest first."""
+        if not self.backup_dir.is_dir():
+            return []
+        return sorted(
+            (p for p in self.backup_dir.iterdir() if _NAME.fullmatch(p.name)), reverse=True
+        )
+
+    def _newest(self, variables=None):
+        """The newest usable backup, read whole; `None` if there is no file at all.
+
+        Args:
+            variables: The variables that it must fit, or `None` to ask only if it is whole.
+        """
+        files = self._files()
+        faults = []
+        for path in files:
+            try:
+                backup = _read(path)
+                if variables is not None:
+                    self._check(backup)
+            except (OSError, ValueError) as error:
+                faults.append(f"{path.name}: {error}")
+            else:
+                for fault in faults:
+                    warnings.warn(
+                        f"BackupAndRestore cannot use {fault}. It goes on from {path.name}, the "
+                        "previous backup.",
+                        stacklevel=2,
+                    )
+                return backup
+        if files:
+            raise ValueError(
+                f"No backup in {self.backup_dir} is usable, and training from the start would hide "
+                f"that. Move the directory away to start again. Received: {'; '.join(faults)}"
+            )
+        return None
+
+    def _check(self, backup):
+        mine, found = self._signature(), backup["variables"]
+        if len(mine) != len(found):
+            raise ValueError(
+                f"it is of another model: {len(found)} variables, this one has {len(mine)}"
+            )
+        for own, other in zip(mine, found):
+            if own != other:
+                raise ValueError(f"it is of another model: it has {other}, this one {own}")
+
+
+def _sparse_opt(optimizer):
+    while optimizer is not None and not isinstance(optimizer, SparseOpt):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
+def _transient_variables(optimizer):
+    sparse_opt = _sparse_opt(optimizer)
+    return [] if sparse_opt is None else sparse_opt.transient_variables
+
+
+def _to_bytes(value):
+    # NumPy's format does not know bfloat16; shape and dtype are in the signature.
+    return np.frombuffer(np.ascontiguousarray(value).tobytes(), dtype="uint8")
+
+
+def _read(path):
+    """A whole backup, if the checksum at its end is right."""
+    content = memoryview(path.read_bytes())
+    content, checksum = content[:-_CHECKSUM_SIZE], content[-_CHECKSUM_SIZE:]
+    if hashlib.sha256(content).digest() != checksum:
+        raise ValueError("it is damaged, cut off, or not a backup (wrong checksum)")
+    with np.load(io.BytesIO(content)) as file:
+        backup = json.loads(str(file["about"]))
+        backup["state"] = []
+        for i, (_, shape, dtype) in enumerate(backup["variables"]):
+            raw = file[f"{i:05d}"]
+            backup["state"].append(np.frombuffer(raw, dtype=_numpy_dtype(dtype)).reshape(shape))
+    return backup
+
+
+def _numpy_dtype(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return np.dtype(name)

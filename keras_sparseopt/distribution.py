@@ -1,0 +1,518 @@
+"""Several devices: choosing a strategy, training where Keras' `fit` cannot, and proof of agreement.
+
+TensorFlow's strategies (`tf.distribute`) and JAX's distributions (`keras.distribution`) own the
+devices; nothing here keeps state.
+"""
+
+import contextlib
+import dataclasses
+import os
+import warnings
+import zlib
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+STRATEGIES = ("one", "mirrored", "multiworker", "tpu", "data_parallel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of one training, as `resolve_strategy` returns them.
+
+    Attributes:
+        name: String, one of the names that `resolve_strategy` takes.
+        strategy: `tf.distribute.Strategy`, `keras.distribution.Distribution`, or `None`.
+        num_workers: Int, processes that train together.
+        worker: Int, index of this process; 0 writes the files.
+        num_replicas: Int, devices of all processes that share the global batch.
+    """
+
+    name: str
+    strategy: Any
+    num_workers: int
+    worker: int
+    num_replicas: int
+
+    def scope(self):
+        """Context manager in which the model and its optimizer are created."""
+        return contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
+
+
+def resolve_strategy(name):
+    """Set up the devices for a name as `--strategy` options have it.
+
+    | name | backend | what it is | who trains |
+    |---|---|---|---|
+    | `one` | both | the default device | `model.fit` |
+    | `mirrored` | TensorFlow | all GPUs (else CPU devices) of this machine | `model.fit` |
+    | `multiworker` | TensorFlow | several processes, described by `TF_CONFIG` | `fit_distributed` |
+    | `tpu` | TensorFlow | `TPUStrategy` | `fit_distributed` |
+    | `data_parallel` | JAX | all devices, of all processes if the `KERAS_DISTRIBUTION_*` variables of `keras.distribution.initialize` are set | `model.fit` |
+
+    `fit_distributed` hands over to `model.fit` where that works, so that one call serves all.
+    Call it before any other use of the devices.
+
+    Args:
+        name: One of the names above.
+
+    Returns:
+        `Devices`.
+
+    Raises:
+        ValueError: For another name, a name that the backend does not have, or `multiworker`
+            without `TF_CONFIG`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    devices = kso.resolve_strategy("one")
+    with devices.scope():
+        model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
+    assert devices.num_workers == 1
+    ```
+    """  # noqa: E501
+    if name not in STRATEGIES:
+        raise ValueError(f"`name` must be one of {', '.join(STRATEGIES)}. Received: name={name!r}")
+    if name == "one":
+        return Devices(name, None, 1, 0, 1)
+    backend = keras.backend.backend()
+    needed = "jax" if name == "data_parallel" else "tensorflow"
+    if backend != needed:
+        raise ValueError(
+            f"'{name}' needs KERAS_BACKEND={needed}; on the {backend} backend use "
+            f"{'data_parallel' if backend == 'jax' else 'mirrored'}. Received: name={name!r}"
+        )
+    if name == "data_parallel":
+        return _data_parallel()
+    import tensorflow as tf
+
+    if name == "mirrored":
+        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+        strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
+    elif name == "multiworker":
+        if "TF_CONFIG" not in os.environ:
+            raise ValueError(
+                "'multiworker' needs the environment variable TF_CONFIG with the cluster and "
+                "the task of this process. Received: no TF_CONFIG"
+            )
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
+        strategy = tf.distribute.TPUStrategy(resolver)
+    num_workers, worker = _tf_workers(strategy)
+    return Devices(name, strategy, num_workers, worker, strategy.num_replicas_in_sync)
+
+
+def _data_parallel():
+    if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+        keras.distribution.initialize()
+    import jax
+
+    distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
+    keras.distribution.set_distribution(distribution)
+    return Devices(
+        "data_parallel", distribution, jax.process_count(), jax.process_index(), jax.device_count()
+    )
+
+
+def _tf_workers(strategy):
+    """Number of processes, and the index of this one."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not _trains_with_several_workers(strategy):
+        return 1, 0
+    workers = resolver.cluster_spec().as_dict()
+    chiefs = len(workers.get("chief", []))
+    index = resolver.task_id + (0 if resolver.task_type == "chief" else chiefs)
+    return chiefs + len(workers.get("worker", [])), index
+
+
+def worker_index(model):
+    """Index of this process among those that train `model` together; 0 if it is the only one."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index()
+    return _tf_workers(model.distribute_strategy)[1]
+
+
+def _trains_with_several_workers(strategy):
+    import tensorflow as tf
+
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def _needs_own_loop(strategy):
+    import tensorflow as tf
+
+    return isinstance(
+        strategy, (tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.TPUStrategy)
+    )
+
+
+def strategy_scope(optimizer):
+    """The scope in which an optimizer's variables are created."""
+    if keras.backend.backend() == "tensorflow":
+        return optimizer._distribution_strategy.scope()
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------- what Keras cannot do
+
+
+_FIT_FAILS = (
+    "`fit` under MultiWorkerMirroredStrategy fails in Keras 3 itself, with 'unsupported type "
+    "PerReplica'. Use keras_sparseopt.fit_distributed(model, data, ...), which takes the same "
+    "callbacks, or a loop of your own; or the JAX backend, where several processes train by "
+    "plain `fit`."
+)
+
+
+def check_strategy(optimizer):
+    """Refuse strategies, or warn of what they break, when an optimizer is made in their scope."""
+    if keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    strategy = optimizer._distribution_strategy
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        raise ValueError(
+            "ParameterServerStrategy is not supported: its workers update weights at different "
+            "times, and a mask update needs one step that all agree on. Use MirroredStrategy, "
+            "or MultiWorkerMirroredStrategy with keras_sparseopt.fit_distributed."
+        )
+    if _trains_with_several_workers(strategy):
+        # Keras' `fit` fails before it calls anything of ours that could say so.
+        warnings.warn(_FIT_FAILS, stacklevel=3)
+
+
+def check_optimizer(optimizer):
+    """Refuse an optimizer that its strategy cannot train, before anything is built."""
+    if keras.backend.backend() != "tensorflow":
+        return
+    strategy = optimizer._distribution_strategy
+    if strategy.num_replicas_in_sync == 1:
+        return
+    base = optimizer.base_optimizer()
+    for argument, broken in (
+        ("gradient_accumulation_steps", base.gradient_accumulation_steps),
+        ("use_ema", base.use_ema),
+    ):
+        if broken:
+            raise ValueError(
+                f"`{argument}` does not work under {type(strategy).__name__} in Keras 3 itself. "
+                f"Train on one device, or without it. Received: {argument}={broken}"
+            )
+
+
+def check_fit(model, own_loop):
+    """Refuse what Keras 3 itself cannot train under the model's strategy, before it starts."""
+    if keras.backend.backend() != "tensorflow":
+        return
+    strategy = model.distribute_strategy
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return
+    import tensorflow as tf
+
+    kind = type(strategy).__name__
+    if _trains_with_several_workers(strategy) and not own_loop:
+        raise ValueError(_FIT_FAILS)
+    on_cpu = "CPU" in strategy.extended.worker_devices[0]
+    if model.steps_per_execution > 1 and (on_cpu or own_loop):
+        raise ValueError(
+            f"`steps_per_execution` must be 1 under {kind}"
+            f"{' on CPU devices: Keras 3 itself fails there' if on_cpu else ''}. "
+            f"Received: steps_per_execution={model.steps_per_execution}"
+        )
+    if isinstance(strategy, tf.distribute.MirroredStrategy) and model.jit_compile is True:
+        raise ValueError(
+            f"`jit_compile=True` under {kind} fails in Keras 3 itself. Compile the model with "
+            "jit_compile=False. Received: jit_compile=True"
+        )
+
+
+# ---------------------------------------------------------------------- training
+
+
+def fit_distributed(
+    model,
+    data,
+    epochs=1,
+    steps_per_epoch=None,
+    initial_epoch=0,
+    validation_data=None,
+    callbacks=None,
+    verbose="auto",
+):
+    """`fit` that also trains under `MultiWorkerMirroredStrategy` and `TPUStrategy`.
+
+    Under these two Keras 3's `fit` fails, so the loop is here; under everything else, this is
+    `model.fit`. Callbacks are called as `fit` does: RigL and its kin, `BackupAndRestore`,
+    `CSVLogger`, schedules. Metrics are those of `compile`, over the global batch.
+
+    ```
+    every step:   strategy.run(model.train_step, one batch per replica)
+    every epoch:  strategy.run(model.test_step, ...) over `validation_data`
+    ```
+
+    Every worker runs the same program. Worker 0 alone should write files (`BackupAndRestore`
+    sees to that itself).
+
+    Args:
+        model: Compiled Keras model, created in the strategy's scope. Its input shape must be
+            known.
+        data: `tf.data.Dataset` of global batches (shared out by example over the workers), or a
+            distributed dataset, such as `strategy.distribute_datasets_from_function` returns.
+            With `drop_remainder=True`; for TPUs all shapes must be static.
+        epochs: Int, defaults to 1.
+        steps_per_epoch: Int, or `None` (default) for all of `data` in each epoch. With an int,
+            `data` is read on from epoch to epoch.
+        initial_epoch: Int, defaults to 0.
+        validation_data: As `data`, or `None` (default).
+        callbacks: List of Keras callbacks.
+        verbose: `"auto"`, 0, 1 or 2, as in `fit`. Only worker 0 prints.
+
+    Returns:
+        `keras.callbacks.History`.
+
+    Raises:
+        ValueError: For a model that is not built, or `steps_per_execution` > 1.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
+    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+    history = kso.fit_distributed(
+        model, (np.ones((8, 8)), np.ones((8, 4))), epochs=2, verbose=0,
+        callbacks=[kso.RigL(update_every=1)],
+    )
+    assert len(history.history["loss"]) == 2
+    ```
+    """
+    strategy = getattr(model, "distribute_strategy", None)
+    own_loop = keras.backend.backend() == "tensorflow" and _needs_own_loop(strategy)
+    if not own_loop:
+        x, y = data if isinstance(data, tuple) else (data, None)
+        return model.fit(
+            x,
+            y,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            initial_epoch=initial_epoch,
+            validation_data=validation_data,
+            callbacks=callbacks,
+            shuffle=False,
+            verbose=verbose,
+        )
+    return _fit_in_own_loop(
+        model,
+        data,
+        epochs,
+        steps_per_epoch,
+        initial_epoch,
+        validation_data,
+        callbacks,
+        verbose,
+    )
+
+
+def _fit_in_own_loop(
+    model,
+    data,
+    epochs,
+    steps_per_epoch,
+    initial_epoch,
+    validation_data,
+    callbacks,
+    verbose,
+):
+    import tensorflow as tf
+
+    strategy = model.distribute_strategy
+    check_fit(model, own_loop=True)
+    if not model.built:
+        raise ValueError("`model` must be built: give its first layer an input shape.")
+    restart = steps_per_epoch is None
+    if restart:
+        steps_per_epoch = _length(data)
+    with strategy.scope():
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        model._symbolic_build(data_batch=_batch_spec(data))
+        data, validation_data = (
+            _distributed(strategy, data),
+            _distributed(strategy, validation_data),
+        )
+    verbose = (1 if verbose == "auto" else verbose) if worker_index(model) == 0 else 0
+    callback_list = keras.callbacks.CallbackList(
+        callbacks, add_history=True, add_progbar=verbose != 0, model=model,
+        epochs=epochs, steps=steps_per_epoch, verbose=verbose, own_loop=True,
+    )  # fmt: skip
+    model.stop_training = False
+    callback_list.on_train_begin()
+
+    # Made after `on_train_begin`: RigL keeps dense gradients from now on.
+    @tf.function(reduce_retracing=True)
+    def train_step(batch):
+        strategy.run(model.train_step, args=(batch,))
+
+    @tf.function(reduce_retracing=True)
+    def test_step(batch):
+        strategy.run(model.test_step, args=(batch,))
+
+    batches: Any = iter(data)
+    logs: dict = {}
+    for epoch in range(model._initial_epoch or initial_epoch, epochs):
+        model.reset_metrics()
+        callback_list.on_epoch_begin(epoch)
+        for step in range(steps_per_epoch):
+            callback_list.on_train_batch_begin(step)
+            train_step(next(batches))
+            callback_list.on_train_batch_end(step, {})
+            if model.stop_training:
+                break
+        if restart:
+            batches = iter(data)
+        logs = _metrics(model)
+        if validation_data is not None:
+            model.reset_metrics()
+            callback_list.on_test_begin()
+            for batch in validation_data:
+                test_step(batch)
+            validation = _metrics(model)
+            callback_list.on_test_end(validation)
+            logs.update({f"val_{name}": value for name, value in validation.items()})
+        callback_list.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    model.optimizer.finalize_variable_values(model.trainable_weights)
+    callback_list.on_train_end(logs)
+    return model.history
+
+
+def _length(data):
+    import tensorflow as tf
+
+    length = int(data.cardinality()) if isinstance(data, tf.data.Dataset) else -1
+    if length < 0:
+        raise ValueError(
+            "`steps_per_epoch` must be given for a distributed dataset, or one of unknown length. "
+            "Received: steps_per_epoch=None"
+        )
+    return length
+
+
+def _batch_spec(data):
+    """Shapes and dtypes of one replica's batch."""
+    return keras.tree.map_structure(
+        lambda spec: getattr(spec, "_value_specs", (spec,))[0], data.element_spec
+    )
+
+
+def _distributed(strategy, data):
+    import tensorflow as tf
+
+    if not isinstance(data, tf.data.Dataset):
+        return data
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return strategy.experimental_distribute_dataset(data.with_options(options))
+
+
+def _metrics(model):
+    return {name: float(value) for name, value in model.get_metrics_result().items()}
+
+
+# ---------------------------------------------------------------------- agreement
+
+
+def assert_replicas_agree(model):
+    """Check that all devices, of all workers, hold the same masks, weights and slots, bit for bit.
+
+    Under several workers, call it on all of them. On one device there is nothing to compare.
+    Metrics and the dense gradients that RigL keeps differ between replicas by design and are left
+    out.
+
+    Args:
+        model: Compiled Keras model; or a `SparseOpt`, for its own variables and sparse kernels.
+
+    Raises:
+        AssertionError: Naming the first variable that differs and the replicas.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
+    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+    kso.assert_replicas_agree(model)
+    ```
+    """
+    if isinstance(model, keras.optimizers.Optimizer):
+        optimizer = model
+        variables = [
+            v for kernel in optimizer.sparse_kernels for v in (kernel, kernel.topology.mask)
+        ]
+    else:
+        optimizer, variables = model.optimizer, list(model.variables)
+    variables += [] if optimizer is None else list(optimizer.variables)
+    variables = [v for v in variables if v.synchronization != "on_read"]
+    digests: np.ndarray = np.zeros(len(variables), dtype="int32")
+    for i, variable in enumerate(variables):
+        replicas = _replicas(variable)
+        same = [replica.tobytes() == replicas[0].tobytes() for replica in replicas]
+        if not all(same):
+            raise AssertionError(
+                f"Replicas disagree on '{variable.path}': replica {same.index(False)} differs "
+                f"from replica 0 (of {len(replicas)} in this process)."
+            )
+        digests[i] = zlib.crc32(replicas[0].tobytes()) >> 1  # fits int32
+    for worker, other in enumerate(_digests_of_all_workers(digests, optimizer)):
+        if not np.array_equal(other, digests):
+            variable = variables[int(np.flatnonzero(other != digests)[0])]
+            raise AssertionError(
+                f"Workers disagree on '{variable.path}': worker {worker} differs from this one."
+            )
+
+
+def _replicas(variable):
+    """The copies of a variable's first shard on the devices of this process."""
+    value = variable.value
+    if keras.backend.backend() == "jax":
+        try:
+            shards = value.addressable_shards
+        except ValueError:
+            # JAX cannot list the shards of what `device_put` gave to several processes, such as
+            # initial values; that call has compared them.
+            return [np.asarray(value)]
+        return [np.asarray(s.data) for s in shards if s.index == shards[0].index]
+    return [ops.convert_to_numpy(copy) for copy in getattr(value, "values", (value,))]
+
+
+def _digests_of_all_workers(digests, optimizer):
+    """Rows of digests, one per worker; none if there is one worker."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.process_count() == 1:
+            return []
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(digests)
+    strategy = None if optimizer is None else optimizer._distribution_strategy
+    if strategy is None or not _trains_with_several_workers(strategy):
+        return []
+    rows = strategy.gather(strategy.run(lambda: ops.convert_to_tensor(digests[None])), axis=0)
+    return ops.convert_to_numpy(rows)

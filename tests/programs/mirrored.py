@@ -1,0 +1,95 @@
+"""MirroredStrategy on logical CPU devices equals one device. Usage: mirrored.py REPLICAS"""
+
+import sys
+
+import tensorflow as tf
+
+replicas = int(sys.argv[1])
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * replicas)
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tiny  # noqa: E402
+
+import keras_sparseopt as kso  # noqa: E402
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+CASES = [
+    ("rigl", "sgd", {}, {}),
+    ("rigl", "adam", {"gradient_steps": 2}, {}),
+    ("set", "ham", {}, {}),
+    ("rigl", "sgd", {"growth_gradient": "corrected"}, {"renormalize": True}),
+]
+
+
+def train(devices, method, inner, method_args, model_args):
+    with devices.scope():
+        model = tiny.model(inner, **model_args)
+    data = tf.data.Dataset.from_tensor_slices(tiny.data()).batch(24, drop_remainder=True)
+    callback = tiny.method(method, check_replicas=True, **method_args)
+    history = kso.fit_distributed(model, data, epochs=2, callbacks=[callback], verbose=0)
+    kso.assert_replicas_agree(model)
+    return model, history.history
+
+
+def check_that_disagreement_is_found(model):
+    for variable, change in (
+        (kso.sparse_layers(model)[0].kernel_mask, tf.logical_not),
+        (model.optimizer.base_optimizer().variables[2], lambda v: v + 1.0),
+    ):
+        copy = variable.value.values[-1]
+        before = tf.identity(copy)
+        copy.assign(change(before))
+        try:
+            kso.assert_replicas_agree(model)
+        except AssertionError as error:
+            assert variable.path in str(error), error
+        else:
+            raise SystemExit(f"a changed replica of {variable.path} was not noticed")
+        copy.assign(before)
+    kso.assert_replicas_agree(model)
+
+
+def check_refusals(devices):
+    """What Keras 3 cannot do is refused before anything has changed."""
+
+    def refused(words, compile_args=None, **inner):
+        with devices.scope():
+            model = tiny.model()
+            sgd = keras.optimizers.SGD(0.1, **inner)
+            model.compile(kso.SparseOpt(sgd), loss=LOSS, **(compile_args or {}))
+        before = [keras.ops.convert_to_numpy(v) for v in model.variables]
+        data = tf.data.Dataset.from_tensor_slices(tiny.data()).batch(24)
+        try:
+            model.fit(data, callbacks=[kso.SET(2)], verbose=0)
+        except ValueError as error:
+            assert words in str(error) and "Received" in str(error), error
+        else:
+            raise SystemExit(f"not refused: {words}")
+        for value, variable in zip(before, model.variables, strict=True):
+            np.testing.assert_array_equal(value, keras.ops.convert_to_numpy(variable))
+
+    refused("gradient_accumulation_steps", gradient_accumulation_steps=2)
+    refused("use_ema", use_ema=True)
+    refused("steps_per_execution", {"steps_per_execution": 2})
+    refused("jit_compile", {"jit_compile": True})
+
+
+def main():
+    mirrored = kso.resolve_strategy("mirrored")
+    assert mirrored.num_replicas == replicas and mirrored.num_workers == 1
+    for case in CASES:
+        one, one_history = train(kso.resolve_strategy("one"), *case)
+        many, many_history = train(mirrored, *case)
+        tiny.assert_close(tiny.state(one), tiny.state(many))
+        for name, values in one_history.items():
+            np.testing.assert_allclose(values, many_history[name], rtol=1e-4, err_msg=name)
+        assert many_history["itop_rate"][-1] > 1 - many_history["sparsity"][-1] + 0.02
+    check_that_disagreement_is_found(many)
+    check_refusals(mirrored)
+    print("all equal")
+
+
+if __name__ == "__main__":
+    main()

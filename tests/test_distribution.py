@@ -1,0 +1,181 @@
+"""Several devices and several processes; each case in processes of its own."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparseopt as kso
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAMS = ROOT / "tests" / "programs"
+
+
+def start(program, *args, **environment):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "KERAS_BACKEND": keras.backend.backend(),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        **environment,
+    }
+    return subprocess.Popen(
+        [sys.executable, PROGRAMS / program, *map(str, args)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(*processes):
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output[-5000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def workers(count):
+    """The environments that make processes of one machine work together."""
+    ports = []
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    for listener in sockets:
+        ports.append(listener.getsockname()[1])
+        listener.close()
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    for index in range(count):
+        if keras.backend.backend() == "tensorflow":
+            task = {"type": "worker", "index": index}
+            yield {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})}
+        else:
+            yield {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": addresses[0],
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": str(count),
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(index),
+            }
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_mirrored_strategy_equals_one_device(replicas):
+    finish(start("mirrored.py", replicas))
+
+
+@pytest.mark.backend("jax")
+def test_jax_distributions_equal_one_device():
+    finish(start("jax_devices.py"))
+
+
+def assert_close(path, reference):
+    result, expected = np.load(path), np.load(reference)
+    assert result.files == expected.files
+    for name in expected.files:
+        if expected[name].dtype.kind == "f":
+            np.testing.assert_allclose(
+                result[name], expected[name], rtol=1e-3, atol=2e-5, err_msg=name
+            )
+        else:
+            np.testing.assert_array_equal(result[name], expected[name], err_msg=name)
+
+
+def test_two_processes_equal_one_and_resume_exactly(tmp_path):
+    """Trains, masks identical in both, equal to one; one killed, both restarted: bit for bit."""
+    reference = start("multiworker.py", "rigl", tmp_path / "one")
+    finish(reference)
+    finish(*(start("multiworker.py", "rigl", tmp_path / "two", **env) for env in workers(2)))
+    for worker in (0, 1):
+        assert_close(tmp_path / f"two-{worker}.npz", tmp_path / "one-0.npz")
+
+    backup = ("--backup", tmp_path / "backup")
+    survivor, victim = (
+        start("multiworker.py", "rigl", tmp_path / "again", *backup, *die, **env)
+        for env, die in zip(workers(2), [(), ("--die", 2)])
+    )
+    victim.communicate(timeout=240)
+    assert victim.returncode == -signal.SIGKILL
+    survivor.kill()
+    survivor.communicate()
+    assert sorted(p.name for p in (tmp_path / "backup").iterdir())[-1] == "epoch-000002.npz"
+    finish(
+        *(start("multiworker.py", "rigl", tmp_path / "again", *backup, **env) for env in workers(2))
+    )
+    straight = np.load(tmp_path / "two-0.npz")
+    for worker in (0, 1):
+        resumed = np.load(tmp_path / f"again-{worker}.npz")
+        for name in straight.files:
+            np.testing.assert_array_equal(resumed[name], straight[name], err_msg=name)
+
+
+@pytest.mark.backend("tensorflow")
+def test_parameter_server_strategy_is_refused(monkeypatch):
+    import tensorflow as tf
+
+    class ParameterServer(tf.distribute.ParameterServerStrategy):
+        def __init__(self):
+            pass
+
+    monkeypatch.setattr(tf.distribute, "get_strategy", ParameterServer)
+    with pytest.raises(ValueError, match="ParameterServerStrategy is not supported"):
+        kso.SparseOpt("sgd")
+
+
+def test_strategy_names():
+    backend = keras.backend.backend()
+    with pytest.raises(ValueError, match="must be one of one, mirrored.*Received: name='many'"):
+        kso.resolve_strategy("many")
+    other = {"tensorflow": "data_parallel", "jax": "mirrored"}[backend]
+    with pytest.raises(ValueError, match=f"needs KERAS_BACKEND=.*Received: name='{other}'"):
+        kso.resolve_strategy(other)
+    assert kso.resolve_strategy("one").num_replicas == 1
+
+
+@pytest.mark.backend("tensorflow")
+def test_multiworker_without_cluster_is_refused(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(ValueError, match="TF_CONFIG"):
+        kso.resolve_strategy("multiworker")
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_the_training_step_compiles_without_host_operations(method, monkeypatch):
+    """What a TPU needs: static shapes, and nothing in the step that calls back to the host."""
+    monkeypatch.syspath_prepend(str(PROGRAMS))
+    import tiny
+
+    model = tiny.model()
+    images, labels = (values[:8] for values in tiny.data())
+    model.optimizer.build(model.trainable_variables)
+    model.train_on_batch(images, labels)  # makes the metrics
+    keeps_gradients = tiny.method(method).begin(model.optimizer, total_steps=10)
+    assert keeps_gradients == (method == "rigl")
+    hlo = step_hlo(model, images, labels)
+    assert "convolution" in hlo and "<=" not in hlo  # as in f32[<=8], a dynamic shape
+    for host_operation in ("custom-call", "custom_call", "infeed", "outfeed", "callback", "send("):
+        assert host_operation not in hlo, host_operation
+
+
+def step_hlo(model, images, labels):
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True)
+        data = tf.constant(images), tf.constant(labels)
+        step(*data)
+        return step.experimental_get_compiler_ir(*data)(stage="hlo")
+    import jax
+
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
+    return jax.jit(model.train_step).lower(state, (images, labels)).as_text(dialect="hlo")
