@@ -7,6 +7,7 @@ devices; nothing here keeps state.
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 import zlib
 from typing import Any
@@ -38,7 +39,19 @@ class Devices:
 
     def scope(self):
         """Context manager in which the model and its optimizer are created."""
-        return contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
+        if self.strategy is None:
+            return contextlib.nullcontext()
+        if self.name == "multiworker":
+            return _informed_scope(self.strategy)
+        return self.strategy.scope()
+
+
+@contextlib.contextmanager
+def _informed_scope(strategy):
+    """A scope without the warning for those who do not know `fit_distributed` yet."""
+    with warnings.catch_warnings(), strategy.scope():
+        warnings.filterwarnings("ignore", message=re.escape(_FIT_FAILS))
+        yield
 
 
 def resolve_strategy(name):

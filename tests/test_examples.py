@@ -1,7 +1,12 @@
 """The examples run end to end in their quick setting."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 
@@ -72,3 +77,101 @@ def test_cifar_resnet_options(tmp_path, method, optimizer, monkeypatch):
     assert 0 <= results["test_accuracy"] <= 1
     with pytest.raises(SystemExit, match="nothing to correct"):
         cifar_resnet.make_optimizer("sparseopt", "dense", 0.1)
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory):
+    pytest.importorskip("tensorflow_datasets")
+    from made_up_imagenet import write_imagenet
+
+    directory = tmp_path_factory.mktemp("tfds")
+    write_imagenet(directory, training=24, validation=11, smallest=40, largest=200)
+    return directory
+
+
+@pytest.mark.backend("tensorflow")  # JAX: the same program, tried by hand
+def test_imagenet_resnet50_on_two_devices(imagenet, tmp_path):
+    """Trains an epoch, dies, and by the same command trains the other one."""
+    program = pathlib.Path(__file__).parent / "programs" / "imagenet.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, program, imagenet, tmp_path]
+    first = subprocess.run([*command, "--crash"], env=environment, capture_output=True, text=True)
+    assert first.returncode == 9, first.stderr[-3000:]
+    assert not list(tmp_path.glob("*/results.json"))
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "Epoch 2/2" in second.stdout and "Epoch 1/2" not in second.stdout
+    (run,) = tmp_path.iterdir()
+    results = json.loads((run / "results.json").read_text())
+    assert len(results["history"]["val_accuracy"]) == 2 and results["replicas"] == 2
+    assert results["history"]["sparsity"][-1] == pytest.approx(0.95, abs=1e-6)
+    assert list((run / "tensorboard").rglob("events*"))
+
+
+@pytest.fixture
+def pipeline(imagenet):
+    from imagenet_data import ImageNet
+
+    return ImageNet(imagenet, image_size=32, shuffle_buffer=8)
+
+
+def batches(dataset):
+    return [tuple(np.asarray(part) for part in batch) for batch in dataset]
+
+
+def test_imagenet_order_depends_on_seed_and_epoch_only(pipeline):
+    whole = batches(pipeline.training(8, 3, first_epoch=0, epochs=2))
+    assert len(whole) == 6 and whole[0][0].shape == (8, 32, 32, 3)
+    for (a, _), (b, _) in zip(whole[3:], batches(pipeline.training(8, 3, 1, 2)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    labels = [np.argmax(y, 1) for _, y in whole]
+    for epoch in (labels[:3], labels[3:]):
+        assert sorted(np.concatenate(epoch)) == list(range(24))  # every example once
+    assert not np.array_equal(labels[0], labels[3])
+    other = batches(pipeline.training(8, 3, 0, 1, seed=1))
+    assert not np.array_equal(labels[0], np.argmax(other[0][1], 1))
+
+
+def test_imagenet_workers_share_out_the_same_global_batches(pipeline):
+    whole = batches(pipeline.training(8, 3, 0, 1))
+    # Two workers with two replicas each: a step takes two batches of two from each worker.
+    shares = [
+        batches(pipeline.training(2, 3, 0, 1, worker=worker, workers=2, replicas=2))
+        for worker in (0, 1)
+    ]
+    for step, (images, _) in enumerate(whole):
+        for worker in (0, 1):
+            mine = np.concatenate([x for x, _ in shares[worker][2 * step : 2 * step + 2]])
+            np.testing.assert_array_equal(mine, images[worker::2])
+
+
+def test_imagenet_validation_counts_every_example_once(pipeline):
+    for workers in (1, 2):
+        parts = [
+            batch
+            for worker in range(workers)
+            for batch in batches(pipeline.validation(4, worker, workers))
+        ]
+        assert len(parts) == 12 // 4 if workers == 1 else 16 // 4
+        labels = np.concatenate([np.argmax(y, 1) for _, y, _ in parts])
+        weights = np.concatenate([w for _, _, w in parts])
+        assert sorted(labels[weights > 0]) == list(range(24, 35))
+
+
+def test_imagenet_crop_is_what_decoding_the_whole_image_gives(pipeline):
+    """The centre crop, against decoding everything and cutting in NumPy."""
+    import tensorflow as tf
+    from imagenet_data import MEAN, STD
+
+    files = [str(path) for path in pipeline.splits["validation"].filepaths]
+    for record in tf.data.TFRecordDataset(files).take(3):
+        jpeg, _ = pipeline._parsed(record)
+        whole = tf.image.decode_jpeg(jpeg, channels=3).numpy()
+        height, width = whole.shape[:2]
+        side = round(min(height, width) * 224 / 256)
+        top, left = (height - side) // 2, (width - side) // 2
+        crop = tf.image.resize(whole[top : top + side, left : left + side], (32, 32)).numpy()
+        image, _ = pipeline._centre(record)
+        difference = np.abs(image - (crop - MEAN) / STD)
+        # At the cut, JPEG colours are interpolated from inside of it only.
+        assert difference.max() < 0.2 and np.median(difference) < 1e-5
