@@ -463,3 +463,13 @@ def fit_raw(method, callbacks, epochs):
         x, y, epochs=epochs, batch_size=4, verbose=0, callbacks=[method, *callbacks]
     )
     return model, None, history
+
+
+@pytest.mark.parametrize("kind", [kso.RigL, kso.SET])
+def test_many_updates_neither_retrace_nor_lose_a_weight(kind):
+    """A short version of benchmarks/soak.py, which also watches memory and time."""
+    from soak import soak
+
+    row = soak(kind, updates=40)
+    assert row["updates"] == 40 and row["counts exact"] and row["ITOP rate"] > 0.1
+    assert row["traces after first update"] == 0

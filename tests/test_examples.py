@@ -175,3 +175,17 @@ def test_imagenet_crop_is_what_decoding_the_whole_image_gives(pipeline):
         difference = np.abs(image - (crop - MEAN) / STD)
         # At the cut, JPEG colours are interpolated from inside of it only.
         assert difference.max() < 0.2 and np.median(difference) < 1e-5
+
+
+@pytest.mark.backend("tensorflow")  # counts the same on both
+def test_resnet50_costs_match_the_published_ones(tmp_path, capsys):
+    import resnet50_costs
+
+    results = resnet50_costs.main(["--output", str(tmp_path), "--sparsity", "0.8", "0.9"])
+    assert len(results) == 4
+    for result in results:
+        assert round(result["as_published"], 2) == result["published"]
+        assert len(result["layers"]) == 54 and result["weights"] == 25_502_912
+    assert results[2]["active_weights"] == round(0.2 * 25_502_912)
+    assert round(results[0]["flops_dense"] / 1e9, 1) == 8.2  # as published
+    assert "0.42 ×" in capsys.readouterr().out
