@@ -9,9 +9,7 @@ CPU cores; the README holds what a two-epoch run measured.
 """
 
 import argparse
-import csv
 import json
-import os
 import pathlib
 import sys
 import time
@@ -86,7 +84,9 @@ def training_data(images, labels, first_epoch, epochs, seed):
         data = data.map(example, num_parallel_calls=tf.data.AUTOTUNE)
         return data.batch(BATCH_SIZE, drop_remainder=True)
 
-    every = tf.data.Dataset.range(first_epoch, epochs).flat_map(one_epoch)
+    # Keras wants to see one batch, even if no epoch is left.
+    last_epoch = max(epochs, first_epoch + 1)
+    every = tf.data.Dataset.range(first_epoch, last_epoch).flat_map(one_epoch)
     return every.prefetch(tf.data.AUTOTUNE)
 
 
@@ -128,7 +128,7 @@ def make_model(args, steps_per_epoch, classes):
     return model
 
 
-def make_callbacks(args, run_dir):
+def make_callbacks(args, backup):
     callbacks = [StepTimer()]
     if args.method == "rigl":
         callbacks.append(kso.RigL(UPDATE_EVERY, DROP_FRACTION))
@@ -136,9 +136,7 @@ def make_callbacks(args, run_dir):
         callbacks.append(kso.SET(UPDATE_EVERY, DROP_FRACTION, seed=args.seed))
     elif args.method == "static":
         callbacks.append(kso.Static())
-    callbacks.append(keras.callbacks.CSVLogger(run_dir / "history.csv", append=True))
-    callbacks.append(SaveState(run_dir / "state.keras"))
-    return callbacks
+    return [*callbacks, backup]
 
 
 class StepTimer(keras.callbacks.Callback):
@@ -154,26 +152,6 @@ class StepTimer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs["seconds_per_step"] = float(np.median(self.seconds))
-
-
-class SaveState(keras.callbacks.Callback):
-    """Saves the whole state after each epoch; an interrupted write leaves the previous one."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    def on_epoch_end(self, epoch, logs=None):
-        unfinished = self.path.with_name("unfinished.keras")
-        self.model.save(unfinished)
-        os.replace(unfinished, self.path)
-
-
-def read_history(path):
-    """One row per epoch; a row that an interrupted epoch wrote twice counts once."""
-    with open(path, newline="") as file:
-        rows = {int(row["epoch"]): row for row in csv.DictReader(file)}
-    return [{name: float(value) for name, value in rows[e].items()} for e in sorted(rows)]
 
 
 def command(args):
@@ -197,35 +175,29 @@ def main(argv=None):
     steps = args.steps_per_epoch or len(train_x) // BATCH_SIZE
     test = tf.data.Dataset.from_tensor_slices((test_x, test_y)).map(normalize).batch(500)
 
-    state = run_dir / "state.keras"
-    if state.exists():
-        model = keras.models.load_model(state)
-        first_epoch = int(keras.ops.convert_to_numpy(model.optimizer.iterations)) // steps
+    model = make_model(args, steps, classes=int(np.max(train_y)) + 1)
+    if args.method != "dense":
+        kso.summary(model)
+    backup = kso.BackupAndRestore(run_dir / "backup")
+    first_epoch = backup.initial_epoch
+    if first_epoch:
         print(f"{name}: goes on after epoch {first_epoch} of {args.epochs}")
-    else:
-        classes = int(np.max(train_y)) + 1
-        model, first_epoch = make_model(args, steps, classes), 0
-        if args.method != "dense":
-            kso.summary(model)
-
-    if first_epoch < args.epochs:
-        model.fit(
-            training_data(train_x, train_y, first_epoch, args.epochs, args.seed),
-            epochs=args.epochs,
-            initial_epoch=first_epoch,
-            steps_per_epoch=steps,
-            validation_data=test,
-            shuffle=False,
-            callbacks=make_callbacks(args, run_dir),
-            verbose=2 if not sys.stdout.isatty() else 1,
-        )
-    history = read_history(run_dir / "history.csv")
+    history = model.fit(
+        training_data(train_x, train_y, first_epoch, args.epochs, args.seed),
+        epochs=args.epochs,
+        initial_epoch=first_epoch,
+        steps_per_epoch=steps,
+        validation_data=test,
+        shuffle=False,
+        callbacks=make_callbacks(args, backup),
+        verbose=2 if not sys.stdout.isatty() else 1,
+    ).history
     results = {
         "command": command(args),
         **facts(),
         "settings": {k: v for k, v in vars(args).items() if k not in ("data_dir", "output")},
         "steps_per_epoch": steps,
-        "test_accuracy": history[-1]["val_accuracy"],
+        "test_accuracy": history["val_accuracy"][-1],
         "history": history,
     }
     (run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -25,7 +25,7 @@ from models import resnet50
 from record import facts
 
 import keras_sparseopt as kso
-from keras_sparseopt.distribution import STRATEGIES
+from keras_sparseopt.devices import STRATEGIES
 
 # The recipe. Learning rates are the SparseOpt paper's; it does not state momentum, weight decay and
 # label smoothing: these follow neighbouring codes (RigL).

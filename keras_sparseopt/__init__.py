@@ -19,7 +19,7 @@ from keras_sparseopt.conversion import (
     strip,
 )
 from keras_sparseopt.cost import layer_costs, summary
-from keras_sparseopt.distribution import (
+from keras_sparseopt.devices import (
     assert_replicas_agree,
     fit_distributed,
     resolve_strategy,

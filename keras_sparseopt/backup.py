@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt.distribution import strategy_scope, worker_index
+from keras_sparseopt.devices import strategy_scope, worker_index
 from keras_sparseopt.optimizers import SparseOpt
 
 _NAME = re.compile(r"epoch-\d{6}\.npz")

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_sparseopt import masks
 from keras_sparseopt.conversion import sparse_layers
-from keras_sparseopt.distribution import assert_replicas_agree, check_fit, strategy_scope
+from keras_sparseopt.devices import assert_replicas_agree, check_fit, strategy_scope
 from keras_sparseopt.optimizers import SparseOpt
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
 

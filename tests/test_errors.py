@@ -138,6 +138,12 @@ WRONG_CALLS = {
     "strip composite": (lambda: kso.strip(keras.Sequential([keras.Input((2, 3)), keras.layers.TimeDistributed(kso.SparseDense(2, name="i"))])), "`model` must hold its sparse layers as layers of its own, not inside of other layers, and none of a subclass. Received: 'i' (SparseDense)"),
     "neuron_sparsity unbuilt": (lambda: kso.SparseDense(2).neuron_sparsity, "You must build the layer before accessing `neuron_sparsity`."),
     "begin unbuilt": (lambda: kso.SET(end_step=9).begin(kso.SparseOpt("sgd")), "`optimizer` must be built: call optimizer.build(model.trainable_variables)."),
+    "check_replicas": (lambda: kso.RigL(check_replicas=1), "`check_replicas` must be a bool. Received: check_replicas=1"),
+    # several devices, and resuming
+    "strategy name": (lambda: kso.resolve_strategy("gpu"), "`name` must be one of one, mirrored, multiworker, tpu, data_parallel. Received: name='gpu'"),
+    "backup_dir": (lambda: kso.BackupAndRestore(""), "`backup_dir` must be the path of a directory. Received: backup_dir=''"),
+    "backup_dir kind": (lambda: kso.BackupAndRestore(3), "`backup_dir` must be the path of a directory. Received: backup_dir=3"),
+    "keep": (lambda: kso.BackupAndRestore("b", keep=0), "`keep` must be an int ≥ 1. Received: keep=0"),
     # analysis
     "EGF p": (lambda: kso.effective_gradient_flow([W], [M], p=3), "`p` must be 1 or 2. Received: p=3"),
     "EGF lists": (lambda: kso.effective_gradient_flow([W, W], [M]), "`gradients` and `masks` must be non-empty lists of one length. Received: 2 gradients, 1 masks"),

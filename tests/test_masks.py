@@ -5,9 +5,10 @@ from helpers import array, correct_oracle, drop_and_grow_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from keras import ops
 
 import keras_sparseopt as kso
-from keras_sparseopt import masks
+from keras_sparseopt import distributions, masks
 
 
 def test_drop_and_grow_by_hand():
@@ -113,3 +114,43 @@ def test_random_mask_is_uniform_over_positions():
     hits = sum(masks.random_mask((20,), 0.75, seed).astype(int) for seed in range(2000))
     # 5 of 20 active: each position 500 times ± 5 · √(2000 · ¼ · ¾)
     assert (abs(hits - 500) < 97).all()
+
+
+# ---------------------------------------------------------------------- the largest kernels
+
+FAN_IN, NEURONS = 46_341, 46_340  # 2 147 441 940 weights, just below the limit
+
+
+@pytest.mark.parametrize("kind", ["dense", "one dense neuron", "random"])
+def test_the_correction_does_not_overflow_below_the_limit(kind, monkeypatch):
+    """With mocked counts: such a kernel would not fit into memory."""
+    assert FAN_IN * NEURONS <= masks.MAX_KERNEL_SIZE < (FAN_IN + 1) * (NEURONS + 1)
+    counts = np.full((1, NEURONS), FAN_IN, "int32")
+    if kind == "one dense neuron":
+        counts[0, 1:] = 0
+    elif kind == "random":
+        counts = np.random.default_rng(0).integers(0, FAN_IN + 1, (1, NEURONS)).astype("int32")
+    monkeypatch.setattr(masks, "neuron_counts", lambda mask, axes: ops.convert_to_tensor(counts))
+    exact = np.sqrt(counts.astype("float64") * NEURONS / counts.sum(dtype="int64"))
+    scale = array(masks.correction(None, (1,)))
+    np.testing.assert_allclose(scale, exact, rtol=1e-6)
+
+
+def test_counts_are_int32_by_type():
+    mask = keras.KerasTensor((FAN_IN, NEURONS), "bool")
+    counts = masks.neuron_counts(mask, (1,))
+    assert counts.dtype == "int32" and counts.shape == (1, NEURONS)
+    assert masks.MAX_KERNEL_SIZE == np.iinfo("int32").max
+
+
+def test_larger_kernels_are_refused_before_anything_is_allocated():
+    layer = kso.SparseDense(2**16, name="huge")
+    with pytest.raises(ValueError, match=r"at most 2147483647 weights.*\(32768, 65536\).*'huge'"):
+        layer.build((None, 2**15))
+    assert not layer.weights
+
+
+def test_many_large_kernels_together_may_exceed_the_limit():
+    shapes = [(40_000, 40_000)] * 5
+    counts = distributions.exact_counts(shapes, distributions.erk(shapes, 0.9), 0.9)
+    assert sum(counts) == 800_000_000

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import masks
-from keras_sparseopt.distribution import check_optimizer, check_strategy, strategy_scope
+from keras_sparseopt.devices import check_optimizer, check_strategy, strategy_scope
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer, init_scope
 
 # What a dense gradient is before any step has written it.

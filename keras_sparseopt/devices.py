@@ -281,7 +281,8 @@ def fit_distributed(
             known.
         data: `tf.data.Dataset` of global batches (shared out by example over the workers), or a
             distributed dataset, such as `strategy.distribute_datasets_from_function` returns.
-            With `drop_remainder=True`; for TPUs all shapes must be static.
+            With `drop_remainder=True`; for TPUs all shapes must be static. Where `model.fit`
+            trains, whatever that takes; arrays as a tuple `(x, y)`.
         epochs: Int, defaults to 1.
         steps_per_epoch: Int, or `None` (default) for all of `data` in each epoch. With an int,
             `data` is read on from epoch to epoch.
