@@ -10,7 +10,7 @@ if keras.backend.backend() not in ("tensorflow", "jax"):
 
 from keras_sparseopt.analysis import effective_gradient_flow, itop_rate
 from keras_sparseopt.backup import BackupAndRestore
-from keras_sparseopt.callbacks import SET, DynamicSparseTraining, RigL, Static
+from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import (
     masks_from_zeros,
     set_mask,
@@ -34,6 +34,7 @@ from keras_sparseopt.layers import (
     SparseEinsumDense,
 )
 from keras_sparseopt.masks import drop_and_grow
+from keras_sparseopt.methods import SET, RigL, Static
 from keras_sparseopt.optimizers import HAM, SparseOpt
 
 __version__ = "0.1.0"

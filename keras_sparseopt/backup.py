@@ -141,8 +141,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         """All that a training consists of, in an order that is the same in every process."""
         model = self.model
         optimizer = model.optimizer
-        transient = {id(v) for v in _transient_variables(optimizer)}
-        return list(model.variables) + [v for v in optimizer.variables if id(v) not in transient]
+        sparse_opt = _sparse_opt(optimizer)
+        if sparse_opt is None:
+            return [*model.variables, *optimizer.variables]
+        transient = {id(v) for v in sparse_opt.transient_variables}
+        kept = [v for v in optimizer.variables if id(v) not in transient]
+        return [*model.variables, *kept, *sparse_opt.carried_gradients]
 
     def _restore(self, backup):
         for variable, value in zip(self._variables(), backup["state"]):
@@ -233,11 +237,6 @@ def _sparse_opt(optimizer):
     while optimizer is not None and not isinstance(optimizer, SparseOpt):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
-
-
-def _transient_variables(optimizer):
-    sparse_opt = _sparse_opt(optimizer)
-    return [] if sparse_opt is None else sparse_opt.transient_variables
 
 
 def _to_bytes(value):

@@ -1,11 +1,11 @@
-"""Dynamic sparse training: when and how masks change."""
+"""Dynamic sparse training: what all methods share. The methods are in `methods`."""
 
 import collections
 import concurrent.futures
+import fnmatch
 import math
 import numbers
 import os
-import zlib
 from typing import Any
 
 import keras
@@ -77,6 +77,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         seed: Int, defaults to 0; of random growth.
         check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
             devices after every update (`assert_replicas_agree`): slow, for debugging.
+        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
+            (default) for all sparse layers. Several methods with different layers may train one
+            model; `drop_fraction` and `mask_change` are then those of the last one in the list.
 
     Raises:
         ValueError: For an argument out of range; at the start of training if the optimizer is
@@ -102,6 +105,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     # How many steps' dense gradients `grow_scores` needs; 0 for none.
     _gradient_steps = 0
+    # Momentum of a moving average of all steps' dense gradients, instead of the last ones'.
+    _gradient_momentum: float | None = None
 
     def __init__(
         self,
@@ -111,25 +116,27 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         end_step=None,
         seed=0,
         check_replicas=False,
+        layers=None,
     ):
         super().__init__()
         if not isinstance(check_replicas, bool):
             raise ValueError(
                 f"`check_replicas` must be a bool. Received: check_replicas={check_replicas!r}"
             )
-        _check_int("update_every", update_every, 1)
-        _check_int("begin_step", begin_step, 0)
+        check_int("update_every", update_every, 1)
+        check_int("begin_step", begin_step, 0)
         if end_step is not None:
-            _check_int("end_step", end_step, begin_step + 1)
-        _check_int("seed", seed, 0)
+            check_int("end_step", end_step, begin_step + 1)
+        check_int("seed", seed, 0)
         if not isinstance(drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
-            _check_fraction(drop_fraction)
+            check_fraction(drop_fraction)
         self.update_every = int(update_every)
         self.drop_fraction = drop_fraction
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
         self.check_replicas = check_replicas
+        self.layers = _check_layers(layers)
         self.optimizer: Any = None
         self._logs: dict[str, float] = {}
 
@@ -142,7 +149,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 the method asked for gradients.
 
         Returns:
-            Float tensor of the kernel's shape.
+            Float tensor of the kernel's shape; `None` for a method that grows nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `grow_scores`.")
 
@@ -175,11 +182,14 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 "The optimizer trains no sparse layer, or all of them are frozen. Convert the "
                 "model with keras_sparseopt.sparsify(model, sparsity), or use SparseDense, …"
             )
+        self._check_layers_exist(optimizer)
         self.optimizer, self._settled = optimizer, False
         self._set_horizon(0, total_steps)
         changed = False
         if self._gradient_steps:
-            changed = optimizer.open_taps(self._gradient_steps, self.update_every)
+            changed = optimizer.open_taps(
+                self._gradient_steps, self.update_every, self._gradient_momentum
+            )
         optimizer.sync()
         self._look_again()
         return changed
@@ -239,21 +249,44 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self._pending = 0
         if self._step // self.update_every == before:
             return
-        if self.begin_step <= self._step < self._end_step:
+        if self._is_due():
             self._update_masks()
         self._look_again()
+
+    def _is_due(self):
+        return self.begin_step <= self._step < self._end_step
 
     def _current_drop_fraction(self, step):
         if isinstance(self.drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
             value = float(ops.convert_to_numpy(self.drop_fraction(step)))
-            _check_fraction(value)
+            check_fraction(value)
             return value
         progress = min((step - self._first_step) / (self._end_step - self._first_step), 1.0)
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * progress))
 
+    def _kernels(self):
+        """The kernels that this method is for, with their positions among all."""
+        return [
+            (index, kernel)
+            for index, kernel in enumerate(self.optimizer.sparse_kernels)
+            if self._is_for(kernel)
+        ]
+
+    def _is_for(self, kernel):
+        name = kernel.topology.name
+        return self.layers is None or any(fnmatch.fnmatch(name, p) for p in self.layers)
+
+    def _check_layers_exist(self, optimizer):
+        names = [kernel.topology.name for kernel in optimizer.sparse_kernels]
+        for pattern in self.layers or ():
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(
+                    f"`layers` must name sparse layers that are trained: {names}. "
+                    f"Received: {pattern!r}"
+                )
+
     def _update_masks(self):
-        fraction = self._current_drop_fraction(self._step)
-        kernels = list(enumerate(self.optimizer.sparse_kernels))
+        kernels = self._kernels()
         if self._gradient_steps:
             gradients = [_Values(self.optimizer.dense_gradient(kernel)) for _, kernel in kernels]
             # A layer that no loss depends on has none; its topology stays.
@@ -267,34 +300,58 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 return self._keep_masks("the dense gradient is")
         if not all(_Values(kernel).are_finite for _, kernel in kernels):
             return self._keep_masks("the weights are")
-        workers, counts = os.cpu_count() or 1, []
-        changed = 0
+        self.plan(kernels)
+        fraction = self._current_drop_fraction(self._step)
+        workers = os.cpu_count() or 1
+        changed = active = 0
         # Layers are ranked in parallel. Only a few wait at a time: their scores take memory.
         waiting: collections.deque = collections.deque()
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for index, kernel in kernels:
-                mask = masks.host(kernel.topology.mask)
-                num_active = int(np.count_nonzero(mask))
-                num_update = math.floor(fraction * num_active)
-                counts.append(num_active)
-                if num_update > 0:
-                    arrays = masks.host(kernel), mask, masks.host(self.grow_scores(index, kernel))
-                    ranking = pool.submit(masks.drop_and_grow, *arrays, num_update)
-                    waiting.append((kernel, mask, ranking))
-                if len(waiting) >= workers:
-                    changed += self._rewire(*waiting.popleft())
-            while waiting:
-                changed += self._rewire(*waiting.popleft())
-        self.optimizer.mask_change.assign(changed / sum(counts))
+            while kernels or waiting:
+                if kernels and len(waiting) < workers:
+                    index, kernel = kernels.pop(0)
+                    mask = masks.host(kernel.topology.mask)
+                    scores = self.grow_scores(index, kernel)
+                    arrays = (
+                        masks.host(kernel),
+                        mask,
+                        None if scores is None else masks.host(scores),
+                    )
+                    new = pool.submit(self.new_mask, kernel, *arrays, fraction)
+                    waiting.append((kernel, mask, new))
+                    continue
+                kernel, old, ranking = waiting.popleft()
+                new = ranking.result()
+                changed += int(np.count_nonzero(new & ~old))
+                active += int(np.count_nonzero(new))
+                if not np.array_equal(new, old):
+                    self.optimizer.rewire(kernel, new)
+        self.optimizer.mask_change.assign(changed / active)
         if self.check_replicas:
             assert_replicas_agree(self.optimizer)
 
-    def _rewire(self, kernel, old, ranking):
-        """Returns how many connections are new."""
-        new = ranking.result()
-        num_new = int(np.count_nonzero(new & ~old))
-        self.optimizer.rewire(kernel, new)
-        return num_new
+    def plan(self, kernels):
+        """What an update must know of all layers together, before any of them changes.
+
+        Args:
+            kernels: List of (index, Keras variable) of the kernels that will be updated.
+        """
+
+    def new_mask(self, kernel, weights, mask, scores, fraction):
+        """One kernel's next mask. Runs in a thread of its own, on NumPy arrays.
+
+        Args:
+            kernel: Keras variable; read its `topology` only, not its value.
+            weights: Float array, the kernel's value.
+            mask: Bool array, the present mask.
+            scores: Float array, what `grow_scores` returned, or `None`.
+            fraction: Float, the present drop fraction.
+
+        Returns:
+            Bool array of the same shape.
+        """
+        num_update = math.floor(fraction * np.count_nonzero(mask))
+        return masks.drop_and_grow(weights, mask, scores, num_update)
 
     def _keep_masks(self, what):
         print(
@@ -400,166 +457,6 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             self.model.train_function = None
 
 
-class RigL(DynamicSparseTraining):
-    """RigL: grow the connections whose dense gradient is largest.
-
-    ```
-    score = |g|          g: dense gradient of the loss at optimizer step t, all-reduced
-    ```
-
-    The gradient is the training step's own: no extra batch. Just-dropped connections may
-    grow again (and then keep weight and slots). If the gradient of an update step is not
-    finite, that update is left out.
-
-    Args:
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.3.
-        begin_step: Int, no update before this optimizer step, defaults to 0.
-        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
-            the steps of this fit.
-        growth_gradient: `"original"` (default) ranks by the gradient as it is, which raises
-            the ITOP rate; `"corrected"` by SparseOpt's `g · √(1−s_i)/√(1−s_avg)`. Layers with
-            `skew_correction=False` are ranked by the original one in both cases.
-        gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
-            steps, defaults to 1. At most `update_every`.
-        seed: Int; RigL draws nothing at random, kept for a uniform signature.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices after every update (`assert_replicas_agree`): slow, for debugging.
-
-    Raises:
-        ValueError: As `DynamicSparseTraining`; or for a wrong `growth_gradient` or
-            `gradient_steps`.
-
-    Example:
-
-    ```python
-    import keras
-    import numpy as np
-    import keras_sparseopt as kso
-
-    model = keras.Sequential([
-        keras.Input((20,)),
-        kso.SparseDense(32, sparsity=0.9),
-        keras.layers.BatchNormalization(),
-        keras.layers.Dense(1),
-    ])
-    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
-    history = model.fit(
-        np.random.rand(64, 20), np.random.rand(64, 1), batch_size=8, epochs=2, verbose=0,
-        callbacks=[kso.RigL(update_every=4)],
-    )
-    assert history.history["itop_rate"][-1] >= 1 - history.history["sparsity"][-1]
-    ```
-
-    References:
-        Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020;
-        the two growth gradients: Adnan et al., "SparseOpt", ICML 2026.
-    """
-
-    def __init__(
-        self,
-        update_every=100,
-        drop_fraction=0.3,
-        begin_step=0,
-        end_step=None,
-        growth_gradient="original",
-        seed=0,
-        gradient_steps=1,
-        check_replicas=False,
-    ):
-        super().__init__(update_every, drop_fraction, begin_step, end_step, seed, check_replicas)
-        if growth_gradient not in ("original", "corrected"):
-            raise ValueError(
-                '`growth_gradient` must be "original" or "corrected". '
-                f"Received: growth_gradient={growth_gradient!r}"
-            )
-        _check_int("gradient_steps", gradient_steps, 1)
-        if gradient_steps > update_every:
-            raise ValueError(
-                "`gradient_steps` must be at most `update_every`. Received: "
-                f"gradient_steps={gradient_steps}, update_every={update_every}"
-            )
-        self.growth_gradient = growth_gradient
-        self.gradient_steps = self._gradient_steps = int(gradient_steps)
-
-    def grow_scores(self, index, kernel):
-        scores = ops.abs(self.optimizer.dense_gradient(kernel))
-        topology = kernel.topology
-        if self.growth_gradient == "corrected" and topology.skew_correction:
-            mask = ops.convert_to_tensor(topology.mask)
-            scale = masks.correction(mask, topology.neuron_axes)
-            scores = scores * ops.cast(scale, scores.dtype)
-        return scores
-
-
-class SET(DynamicSparseTraining):
-    """SET, sparse evolutionary training: grow connections uniformly at random.
-
-    ```
-    score ~ Uniform(0, 1), drawn from (seed, kernel index, optimizer step)
-    ```
-
-    The draw has no state, so it is the same on every replica and after a resume. The count of
-    active weights is exact (some codes draw each connection on its own and let it drift).
-
-    Args:
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.3.
-        begin_step: Int, no update before this optimizer step, defaults to 0.
-        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
-            the steps of this fit.
-        seed: Int, defaults to 0.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices after every update (`assert_replicas_agree`): slow, for debugging.
-
-    Raises:
-        ValueError: As `DynamicSparseTraining`.
-
-    Example:
-
-    ```python
-    import keras_sparseopt as kso
-
-    callback = kso.SET(update_every=100, drop_fraction=0.5, seed=1)
-    ```
-
-    References:
-        Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse
-        Connectivity Inspired by Network Science", Nature Communications 2018.
-    """
-
-    def grow_scores(self, index, kernel):
-        draw = zlib.crc32(np.array([self.seed, index, self._step], dtype="<i8").tobytes())
-        return keras.random.uniform(kernel.shape, seed=draw & 0x7FFFFFFF, dtype="float32")
-
-
-class Static(DynamicSparseTraining):
-    """Static sparse training: the masks never change; logs as the dynamic methods do.
-
-    Not needed for training with fixed masks (a `SparseOpt` alone does that), but a baseline
-    that differs from `RigL` or `SET` in this one name.
-
-    Example:
-
-    ```python
-    import keras_sparseopt as kso
-
-    callback = kso.Static()
-    ```
-    """
-
-    def __init__(self):
-        super().__init__(update_every=1, drop_fraction=0.0, end_step=1)
-
-    def _check_interval(self, steps_per_execution):
-        pass
-
-    def _may_be_due(self, batches):
-        return False
-
-
 class _Values:
     """What an update must know of a gradient or of weights before it may use them."""
 
@@ -573,12 +470,24 @@ class _Values:
         self.are_written = self.are_finite or not np.all(values == UNWRITTEN)
 
 
-def _check_int(argument, value, minimum):
+def _check_layers(layers):
+    if layers is None:
+        return None
+    listed = isinstance(layers, (list, tuple)) and layers
+    if not listed or not all(isinstance(name, str) for name in layers):
+        raise ValueError(
+            "`layers` must be a list of layer names or patterns, or None. "
+            f"Received: layers={layers!r}"
+        )
+    return tuple(layers)
+
+
+def check_int(argument, value, minimum):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise ValueError(f"`{argument}` must be an int ≥ {minimum}. Received: {argument}={value!r}")
 
 
-def _check_fraction(value):
+def check_fraction(value):
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not 0 <= value < 1:
         raise ValueError(

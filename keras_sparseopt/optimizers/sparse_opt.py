@@ -1,6 +1,7 @@
 """SparseOpt: masks and corrects gradients before any inner optimizer sees them."""
 
 import contextlib
+import dataclasses
 import math
 import warnings
 
@@ -82,13 +83,26 @@ def _packed_bits(mask):
     return np.pad(bits, (0, -bits.size % 4)).view("int32")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Averaging:
+    """How the kept dense gradients are averaged over micro-batches."""
+
+    window: int = 1
+    interval: int = 1
+    momentum: float | None = None
+
+    @property
+    def carries(self):
+        """Whether the kept gradients hold more than the last step's."""
+        return self.window > 1 or self.momentum is not None
+
+
 class _Kernels:
     """Hides the records from Keras' and TensorFlow's attribute tracking."""
 
     def __init__(self):
         self.by_index: dict[int, _Kernel] = {}
-        self.tap_window = 1
-        self.tap_interval = 1
+        self.averaging = _Averaging()
 
     def __iter__(self):
         return iter(self.by_index.values())
@@ -343,7 +357,7 @@ class SparseOpt(WrapperOptimizer):
 
     # ------------------------------------------------------------------ dense gradients
 
-    def open_taps(self, steps=1, every=None):
+    def open_taps(self, steps=1, every=None, momentum=None):
         """Start to keep the dense gradient of every sparse kernel.
 
         The train function must be made again after that
@@ -353,18 +367,34 @@ class SparseOpt(WrapperOptimizer):
             steps: Int, how many optimizer steps the kept gradient is averaged over.
             every: Int, the averaging window ends at multiples of this step count; needed
                 with `steps` > 1 or with gradient accumulation.
+            momentum: Float in (0, 1) to keep a moving average of all steps' gradients instead,
+                or `None` (default).
 
         Returns:
             Bool, whether anything changed.
+
+        Raises:
+            ValueError: If gradients are kept already, but averaged in another way; or for
+                `momentum` together with gradient accumulation.
         """
         accumulation = self.base_optimizer().gradient_accumulation_steps or 1
+        if momentum is not None and accumulation > 1:
+            raise ValueError(
+                "A moving average of dense gradients cannot be kept under gradient accumulation. "
+                f"Received: gradient_accumulation_steps={accumulation}"
+            )
         window = steps * accumulation
-        interval = 1 if window == 1 else every * accumulation
+        averaging = _Averaging(window, 1 if window == 1 else every * accumulation, momentum)
         state = self._kernels
-        unchanged = (state.tap_window, state.tap_interval) == (window, interval)
-        if unchanged and all(kernel.tap is not None for kernel in state):
+        if any(kernel.tap is not None for kernel in state):
+            if state.averaging != averaging:
+                raise ValueError(
+                    "Dense gradients are kept already, but averaged in another way: methods that "
+                    "train one model together must use the same gradients. Received: "
+                    f"{averaging}, kept: {state.averaging}"
+                )
             return False
-        state.tap_window, state.tap_interval = window, interval
+        state.averaging = averaging
         with strategy_scope(self):
             for kernel in state:
                 kernel.tap = keras.Variable(
@@ -403,12 +433,18 @@ class SparseOpt(WrapperOptimizer):
     def _tap(self, grad, kernel):
         if self.loss_scale_factor is not None:
             grad = grad / self.loss_scale_factor
-        window, interval = self._kernels.tap_window, self._kernels.tap_interval
-        if window > 1:
-            position = self.base_optimizer()._iterations % interval
+        averaging = self._kernels.averaging
+        if averaging.carries:
             tap = ops.convert_to_tensor(kernel.tap)
-            restart = ops.logical_or(position <= interval - window, tap == UNWRITTEN)
-            grad = ops.where(restart, ops.zeros_like(tap), tap) + grad / window
+            restart = tap == UNWRITTEN
+            weight = 1 / averaging.window
+            if averaging.momentum is None:
+                position = self.base_optimizer()._iterations % averaging.interval
+                fresh = position <= averaging.interval - averaging.window
+                restart = ops.logical_or(fresh, restart)
+            else:
+                tap, weight = averaging.momentum * tap, 1 - averaging.momentum
+            grad = ops.where(restart, ops.zeros_like(tap), tap) + grad * weight
         kernel.tap.assign(grad)
 
     # ------------------------------------------------------------------ state
@@ -421,9 +457,17 @@ class SparseOpt(WrapperOptimizer):
 
     @property
     def transient_variables(self):
-        """Mask copies and dense gradients: they follow from other state and are never saved."""
-        copies = [v for kernel in self._kernels for v in (kernel.mask_copy, kernel.tap)]
-        return [v for v in copies if v is not None]
+        """Mask copies and dense gradients, which Keras' files do not hold."""
+        return [kernel.mask_copy for kernel in self._kernels if kernel.mask_copy is not None] + [
+            kernel.tap for kernel in self._kernels if kernel.tap is not None
+        ]
+
+    @property
+    def carried_gradients(self):
+        """Kept dense gradients that a resume would need: averages over several steps."""
+        if not self._kernels.averaging.carries:
+            return []
+        return [kernel.tap for kernel in self._kernels if kernel.tap is not None]
 
     def get_config(self):
         return {
