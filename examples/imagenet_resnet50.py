@@ -9,8 +9,8 @@ machines, described by TF_CONFIG), `tpu`, or on the JAX backend `data_parallel`.
 command on every worker.
 
 Needs `imagenet2012` as tfds prepares it. Writes `<output>/<run>/`: `results.json`, TensorBoard
-events, `history.csv`, and the state after every epoch. The same command, run again, goes on
-where it stopped, bit for bit.
+events, `history.csv`, and the state after every epoch. The same command, run again, goes on where
+it stopped.
 """
 
 import argparse
@@ -189,19 +189,26 @@ def main(argv=None):
         keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
 
     data = ImageNet(args.data_dir, args.image_size, args.shuffle_buffer)
-    steps = args.steps_per_epoch or data.num_examples("train") // args.batch_size
+    whole = data.num_examples("train") // args.batch_size
+    steps = args.steps_per_epoch or whole
+    if not 0 < steps <= whole:
+        raise SystemExit(
+            f"--steps_per_epoch must be in [1, {whole}] with --batch_size {args.batch_size}, "
+            f"received {steps}"
+        )
     with devices.scope():
         model = make_model(args, steps, data.classes)
     if args.method != "dense" and devices.worker == 0:
         kso.summary(model)
     backup = kso.BackupAndRestore(run_dir / "backup")
-    training, validation = make_data(args, data, devices, steps, backup.initial_epoch)
+    first_epoch = backup.initial_epoch
+    training, validation = make_data(args, data, devices, steps, first_epoch)
     history = kso.fit_distributed(
         model,
         training,
         epochs=args.epochs,
         steps_per_epoch=steps,
-        initial_epoch=backup.initial_epoch,
+        initial_epoch=first_epoch,
         validation_data=validation,
         callbacks=make_callbacks(args, run_dir, devices, backup),
         verbose=1 if sys.stdout.isatty() else 2,

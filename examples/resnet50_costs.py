@@ -1,9 +1,9 @@
 """What sparse ResNet-50 costs: weights and FLOPs, layer by layer, beside the published numbers.
 
-    python examples/resnet50_costs.py                                    # the totals
+    python examples/resnet50_costs.py --output results
     python examples/resnet50_costs.py --layers --distribution erk --sparsity 0.9
 
-Nothing is trained. Writes `results/resnet50_costs.json` with all layers.
+Nothing is trained. `--output` writes `resnet50_costs.json` with all layers.
 
 FLOPs are of one 224 × 224 image's forward pass, 2 per multiply-add. `kernels` counts convolutions
 and the classifier only. The published numbers (the authors' repository; the table in the paper has
@@ -14,6 +14,7 @@ bias and a ReLU for every output as well, which no sparsity removes: `as publish
 import argparse
 import json
 import pathlib
+import sys
 
 from models import resnet50
 from record import facts
@@ -78,7 +79,7 @@ def main(argv=None):
     parser.add_argument("--sparsity", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--distribution", nargs="+", default=("uniform", "erk"))
     parser.add_argument("--layers", action="store_true", help="print every layer")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results"))
+    parser.add_argument("--output", type=pathlib.Path, help="directory for the JSON file")
     args = parser.parse_args(argv)
     dense = resnet50()
     results = [
@@ -90,9 +91,12 @@ def main(argv=None):
         print(f"{result['distribution']}, sparsity {result['sparsity']}")
         print("\n".join(layer_table(result)), "\n")
     print("\n".join(table(results)))
+    if args.output is None:
+        return results
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "resnet50_costs.json"
-    content = {"command": "python examples/resnet50_costs.py", **facts(), "results": results}
+    command = " ".join(["python examples/resnet50_costs.py", *(argv or sys.argv[1:])])
+    content = {"command": command, **facts(), "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"→ {path}")
     return results

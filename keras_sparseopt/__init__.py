@@ -34,17 +34,21 @@ from keras_sparseopt.layers import (
     SparseEinsumDense,
 )
 from keras_sparseopt.masks import drop_and_grow
-from keras_sparseopt.methods import SET, RigL, Static
+from keras_sparseopt.methods import GMP, SET, SNFS, GraNet, RigL, SRigL, Static
 from keras_sparseopt.optimizers import HAM, SparseOpt
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMP",
     "HAM",
     "SET",
     "BackupAndRestore",
     "DynamicSparseTraining",
+    "GraNet",
     "RigL",
+    "SNFS",
+    "SRigL",
     "SparseConv1D",
     "SparseConv2D",
     "SparseConv3D",

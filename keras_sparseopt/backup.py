@@ -1,5 +1,6 @@
 """A training state on disk that is always whole, and the way back from it."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,7 +13,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt.devices import strategy_scope, worker_index
+from keras_sparseopt.devices import (
+    check_fit,
+    of_all_workers,
+    share_statistics,
+    strategy_scope,
+    worker_index,
+)
 from keras_sparseopt.optimizers import SparseOpt
 
 _NAME = re.compile(r"epoch-\d{6}\.npz")
@@ -41,7 +48,12 @@ class BackupAndRestore(keras.callbacks.Callback):
     the previous backup is used. If there are files but none is usable, training does not start.
 
     With several processes, worker 0 writes and all read: `backup_dir` must be on storage that
-    all see. State of other callbacks (patience of `EarlyStopping`) is not saved.
+    all see. What other callbacks remember in Python (the patience of `EarlyStopping` or
+    `ReduceLROnPlateau`) is not saved. Under `tf.distribute` the statistics of each replica
+    (`BatchNormalization` without `synchronized=True`) are averaged at every backup, so that the
+    file can bring all of them back.
+
+    Put it last in the list of callbacks, so that what the others log and change is in the file.
 
     Args:
         backup_dir: Path of a directory for this training alone.
@@ -88,11 +100,13 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.backup_dir = pathlib.Path(backup_dir)
         self.keep = keep
         self._history: dict[int, dict] = {}
+        self._reported: int | None = None
 
     @property
     def initial_epoch(self):
         backup = self._newest()
-        return 0 if backup is None else backup["epochs"]
+        self._reported = 0 if backup is None else backup["epochs"]
+        return self._reported
 
     # ------------------------------------------------------------------ Keras' hooks
 
@@ -101,13 +115,26 @@ class BackupAndRestore(keras.callbacks.Callback):
         if not all(layer.built for layer in model._flatten_layers()):
             raise ValueError(
                 "BackupAndRestore needs a model that is built before `fit`: give its first layer "
-                f"an input shape. Received: model '{model.name}'"
+                "an input shape, or call a subclassed model on a batch once. "
+                f"Received: model '{model.name}'"
             )
         if not model.optimizer.built:
             with strategy_scope(model.optimizer):
                 model.optimizer.build(model.trainable_variables)
+        check_fit(model, own_loop=self.params.get("own_loop", False))
+        self._check_writable()
         self._history, self._history_restored = {}, False
-        backup = self._newest(variables=self._variables())
+        model._initial_epoch = None  # Keras never takes back what a callback has set
+        backup = self._newest(check=True)
+        epochs = 0 if backup is None else backup["epochs"]
+        reported, self._reported = self._reported, None
+        if reported is not None and reported != epochs:
+            raise ValueError(
+                "The newest whole backup is not of this model, so the data may begin at the wrong "
+                f"epoch: `initial_epoch` was {reported}, this model's backup has {epochs}. Move "
+                f"what is foreign out of {self.backup_dir}."
+            )
+        self._check_workers_agree(epochs)
         if backup is not None:
             self._restore(backup)
 
@@ -115,14 +142,15 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._restore_history()
 
     def on_epoch_end(self, epoch, logs=None):
-        self._history[epoch] = {name: float(value) for name, value in (logs or {}).items()}
-        _ = self.model  # on JAX this brings the state back into the variables
+        self._history[epoch] = _numbers(logs or {})
+        share_statistics(self.model)  # on JAX `self.model` brings the state into the variables
         state = [ops.convert_to_numpy(variable) for variable in self._variables()]
         if worker_index(self.model) == 0:
             self._write(epoch + 1, state)
 
     def on_train_end(self, logs=None):
         self._restore_history()  # where no epoch was left to train
+        self.model._initial_epoch = None
 
     def _restore_history(self):
         # Not in `on_train_begin`: Keras' own History empties itself there, after us.
@@ -172,8 +200,31 @@ class BackupAndRestore(keras.callbacks.Callback):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-        for old in self._files()[self.keep :]:
+        done = [file for file in self._files() if file.name <= path.name]
+        for old in done[self.keep :]:
             old.unlink()
+
+    def _check_writable(self):
+        if worker_index(self.model) != 0:
+            return
+        probe = self.backup_dir / "probe.unfinished"
+        try:
+            self.backup_dir.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"`backup_dir` must be a directory that can be written to. Received: {error}"
+            ) from error
+
+    def _check_workers_agree(self, epochs):
+        mine = np.array([epochs], dtype="int32")
+        others = [int(row[0]) for row in of_all_workers(mine, self.model.optimizer)]
+        if any(other != epochs for other in others):
+            raise ValueError(
+                "All workers must see the same `backup_dir`. Received: backups of "
+                f"{sorted({epochs, *others})} epochs in {self.backup_dir}"
+            )
 
     def _signature(self):
         """What must be equal for a backup to be of this model.
@@ -192,18 +243,18 @@ class BackupAndRestore(keras.callbacks.Callback):
             (p for p in self.backup_dir.iterdir() if _NAME.fullmatch(p.name)), reverse=True
         )
 
-    def _newest(self, variables=None):
+    def _newest(self, check=False):
         """The newest usable backup, read whole; `None` if there is no file at all.
 
         Args:
-            variables: The variables that it must fit, or `None` to ask only if it is whole.
+            check: Bool, whether it must fit the model, or only be whole.
         """
         files = self._files()
         faults = []
         for path in files:
             try:
                 backup = _read(path)
-                if variables is not None:
+                if check:
                     self._check(backup)
             except (OSError, ValueError) as error:
                 faults.append(f"{path.name}: {error}")
@@ -237,6 +288,15 @@ def _sparse_opt(optimizer):
     while optimizer is not None and not isinstance(optimizer, SparseOpt):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     return optimizer
+
+
+def _numbers(logs):
+    """What a history can hold; other callbacks may log anything."""
+    numbers = {}
+    for name, value in logs.items():
+        with contextlib.suppress(TypeError, ValueError):
+            numbers[name] = float(value)
+    return numbers
 
 
 def _to_bytes(value):

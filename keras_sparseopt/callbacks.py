@@ -76,7 +76,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             the steps of this fit.
         seed: Int, defaults to 0; of random growth.
         check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices after every update (`assert_replicas_agree`): slow, for debugging.
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
         layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
             (default) for all sparse layers. Several methods with different layers may train one
             model; `drop_fraction` and `mask_change` are then those of the last one in the list.
@@ -136,7 +136,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
         self.check_replicas = check_replicas
-        self.layers = _check_layers(layers)
+        self.layers = check_layers("layers", layers)
         self.optimizer: Any = None
         self._logs: dict[str, float] = {}
 
@@ -219,7 +219,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def end(self):
         """Stop; frees the dense gradients."""
-        if self._gradient_steps:
+        if self._gradient_steps and self.optimizer is not None:
             self.optimizer.close_taps()
 
     def _may_be_due(self, batches):
@@ -286,6 +286,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 )
 
     def _update_masks(self):
+        if self.check_replicas:  # before: the update gives all replicas the same
+            assert_replicas_agree(self.optimizer)
         kernels = self._kernels()
         if self._gradient_steps:
             gradients = [_Values(self.optimizer.dense_gradient(kernel)) for _, kernel in kernels]
@@ -470,16 +472,25 @@ class _Values:
         self.are_written = self.are_finite or not np.all(values == UNWRITTEN)
 
 
-def _check_layers(layers):
+def check_layers(argument, layers):
+    """A list of layer names or patterns as a tuple, or `None`."""
     if layers is None:
         return None
     listed = isinstance(layers, (list, tuple)) and layers
     if not listed or not all(isinstance(name, str) for name in layers):
         raise ValueError(
-            "`layers` must be a list of layer names or patterns, or None. "
-            f"Received: layers={layers!r}"
+            f"`{argument}` must be a list of layer names or patterns, or None. "
+            f"Received: {argument}={layers!r}"
         )
     return tuple(layers)
+
+
+def check_float(argument, value, minimum, limit):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not minimum <= value < limit:
+        raise ValueError(
+            f"`{argument}` must be in [{minimum}, {limit}). Received: {argument}={value!r}"
+        )
 
 
 def check_int(argument, value, minimum):

@@ -218,6 +218,7 @@ def set_mask(layer, mask):
             f"`layer` must be built before its mask can be set. Received: '{layer.name}'"
         )
     mask = masks.check_mask(mask, layer.kernel.shape)
+    layer.kernel.topology.budget = int(mask.sum())
     optimizer = layer.kernel.topology.optimizer
     if optimizer is not None:
         optimizer.rewire(layer.kernel, mask)

@@ -92,9 +92,11 @@ def resolve_strategy(name):
     """  # noqa: E501
     if name not in STRATEGIES:
         raise ValueError(f"`name` must be one of {', '.join(STRATEGIES)}. Received: name={name!r}")
-    if name == "one":
-        return Devices(name, None, 1, 0, 1)
     backend = keras.backend.backend()
+    if name == "one":
+        if backend == "jax":
+            keras.distribution.set_distribution(None)
+        return Devices(name, None, 1, 0, 1)
     needed = "jax" if name == "data_parallel" else "tensorflow"
     if backend != needed:
         raise ValueError(
@@ -228,8 +230,15 @@ def check_fit(model, own_loop):
     if keras.backend.backend() != "tensorflow":
         return
     strategy = model.distribute_strategy
-    if strategy is None or strategy.num_replicas_in_sync == 1:
+    own = getattr(model.optimizer, "_distribution_strategy", strategy)
+    if strategy is None or (strategy.num_replicas_in_sync == 1 and own is strategy):
         return
+    if own is not strategy:
+        raise ValueError(
+            "Model and optimizer must be made, and the model compiled, in the scope of the same "
+            f"strategy. Received: a model of {type(strategy).__name__} with an optimizer of "
+            f"{type(own).__name__}"
+        )
     import tensorflow as tf
 
     kind = type(strategy).__name__
@@ -266,7 +275,8 @@ def fit_distributed(
 
     Under these two Keras 3's `fit` fails, so the loop is here; under everything else, this is
     `model.fit`. Callbacks are called as `fit` does: RigL and its kin, `BackupAndRestore`,
-    `CSVLogger`, schedules. Metrics are those of `compile`, over the global batch.
+    `CSVLogger`, schedules. Metrics are those of `compile`, over the global batch; the logs of a
+    batch are empty, because reading a metric makes the workers wait for each other.
 
     ```
     every step:   strategy.run(model.train_step, one batch per replica)
@@ -282,7 +292,8 @@ def fit_distributed(
         data: `tf.data.Dataset` of global batches (shared out by example over the workers), or a
             distributed dataset, such as `strategy.distribute_datasets_from_function` returns.
             With `drop_remainder=True`; for TPUs all shapes must be static. Where `model.fit`
-            trains, whatever that takes; arrays as a tuple `(x, y)`.
+            trains, whatever that takes; arrays as a tuple `(x, y)` or `(x, y, sample_weight)`,
+            which are not shuffled.
         epochs: Int, defaults to 1.
         steps_per_epoch: Int, or `None` (default) for all of `data` in each epoch. With an int,
             `data` is read on from epoch to epoch.
@@ -316,10 +327,12 @@ def fit_distributed(
     strategy = getattr(model, "distribute_strategy", None)
     own_loop = keras.backend.backend() == "tensorflow" and _needs_own_loop(strategy)
     if not own_loop:
-        x, y = data if isinstance(data, tuple) else (data, None)
+        check_fit(model, own_loop=False)
+        x, y, weights = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
         return model.fit(
             x,
             y,
+            sample_weight=weights,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
             initial_epoch=initial_epoch,
@@ -354,6 +367,12 @@ def _fit_in_own_loop(
 
     strategy = model.distribute_strategy
     check_fit(model, own_loop=True)
+    for argument, value in (("data", data), ("validation_data", validation_data)):
+        if not (hasattr(value, "element_spec") or (argument, value) == ("validation_data", None)):
+            raise ValueError(
+                f"`{argument}` must be a tf.data.Dataset or a distributed dataset under "
+                f"{type(strategy).__name__}. Received: {type(value).__name__}"
+            )
     if not model.built:
         raise ValueError("`model` must be built: give its first layer an input shape.")
     restart = steps_per_epoch is None
@@ -391,7 +410,14 @@ def _fit_in_own_loop(
         callback_list.on_epoch_begin(epoch)
         for step in range(steps_per_epoch):
             callback_list.on_train_batch_begin(step)
-            train_step(next(batches))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise ValueError(
+                    f"`data` ran out at step {step} of {steps_per_epoch} in epoch {epoch}: with "
+                    "`steps_per_epoch` it is read on from epoch to epoch and must suffice for all."
+                ) from None
+            train_step(batch)
             callback_list.on_train_batch_end(step, {})
             if model.stop_training:
                 break
@@ -418,10 +444,10 @@ def _length(data):
     import tensorflow as tf
 
     length = int(data.cardinality()) if isinstance(data, tf.data.Dataset) else -1
-    if length < 0:
+    if length < 1:
         raise ValueError(
-            "`steps_per_epoch` must be given for a distributed dataset, or one of unknown length. "
-            "Received: steps_per_epoch=None"
+            "`steps_per_epoch` must be given for a distributed dataset, or one of unknown length; "
+            f"and `data` must hold a batch. Received: steps_per_epoch=None, {length} batches"
         )
     return length
 
@@ -454,14 +480,15 @@ def assert_replicas_agree(model):
     """Check that all devices, of all workers, hold the same masks, weights and slots, bit for bit.
 
     Under several workers, call it on all of them. On one device there is nothing to compare.
-    Metrics and the dense gradients that RigL keeps differ between replicas by design and are left
-    out.
+    Metrics, the statistics of Batch Normalization and the dense gradients that RigL keeps differ
+    between the replicas of `tf.distribute` by design and are left out.
 
     Args:
-        model: Compiled Keras model; or a `SparseOpt`, for its own variables and sparse kernels.
+        model: Keras model; or a `SparseOpt`, for its own variables and sparse kernels.
 
     Raises:
-        AssertionError: Naming the first variable that differs and the replicas.
+        AssertionError: Naming the first variable that differs.
+        ValueError: If `model` is neither a model nor an optimizer.
 
     Example:
 
@@ -475,48 +502,53 @@ def assert_replicas_agree(model):
     ```
     """
     if isinstance(model, keras.optimizers.Optimizer):
-        optimizer = model
-        variables = [
-            v for kernel in optimizer.sparse_kernels for v in (kernel, kernel.topology.mask)
-        ]
+        optimizer, kernels = model, getattr(model, "sparse_kernels", [])
+        variables = list(kernels)
+    elif isinstance(model, keras.Model):
+        optimizer, variables = getattr(model, "optimizer", None), list(model.trainable_variables)
+        kernels = variables
     else:
-        optimizer, variables = model.optimizer, list(model.variables)
+        raise ValueError(f"`model` must be a Keras model or optimizer. Received: model={model!r}")
+    variables += [k.topology.mask for k in kernels if getattr(k, "topology", None) is not None]
     variables += [] if optimizer is None else list(optimizer.variables)
     variables = [v for v in variables if v.synchronization != "on_read"]
     digests: np.ndarray = np.zeros(len(variables), dtype="int32")
     for i, variable in enumerate(variables):
-        replicas = _replicas(variable)
-        same = [replica.tobytes() == replicas[0].tobytes() for replica in replicas]
-        if not all(same):
-            raise AssertionError(
-                f"Replicas disagree on '{variable.path}': replica {same.index(False)} differs "
-                f"from replica 0 (of {len(replicas)} in this process)."
-            )
-        digests[i] = zlib.crc32(replicas[0].tobytes()) >> 1  # fits int32
-    for worker, other in enumerate(_digests_of_all_workers(digests, optimizer)):
+        shards = _copies_of_shards(variable)
+        for copies in shards:
+            same = [copy.tobytes() == copies[0].tobytes() for copy in copies]
+            if not all(same):
+                raise AssertionError(
+                    f"Replicas disagree on '{variable.path}': copy {same.index(False)} differs "
+                    f"from copy 0 (of {len(copies)} in this process)."
+                )
+        if len(shards) == 1:
+            digests[i] = zlib.crc32(shards[0][0].tobytes()) >> 1  # fits int32
+    for other in of_all_workers(digests, optimizer):
         if not np.array_equal(other, digests):
             variable = variables[int(np.flatnonzero(other != digests)[0])]
-            raise AssertionError(
-                f"Workers disagree on '{variable.path}': worker {worker} differs from this one."
-            )
+            raise AssertionError(f"Workers disagree on '{variable.path}'.")
 
 
-def _replicas(variable):
-    """The copies of a variable's first shard on the devices of this process."""
+def _copies_of_shards(variable):
+    """For every part of a variable, its copies on the devices of this process."""
     value = variable.value
-    if keras.backend.backend() == "jax":
-        try:
-            shards = value.addressable_shards
-        except ValueError:
-            # JAX cannot list the shards of what `device_put` gave to several processes, such as
-            # initial values; that call has compared them.
-            return [np.asarray(value)]
-        return [np.asarray(s.data) for s in shards if s.index == shards[0].index]
-    return [ops.convert_to_numpy(copy) for copy in getattr(value, "values", (value,))]
+    if keras.backend.backend() != "jax":
+        return [[ops.convert_to_numpy(copy) for copy in getattr(value, "values", (value,))]]
+    try:
+        shards = value.addressable_shards
+    except ValueError:
+        # JAX cannot list the shards of what `device_put` gave to several processes, such as
+        # initial values; that call has compared them.
+        return [[np.asarray(value)]]
+    parts: dict = {}
+    for shard in shards:
+        parts.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    return list(parts.values())
 
 
-def _digests_of_all_workers(digests, optimizer):
-    """Rows of digests, one per worker; none if there is one worker."""
+def of_all_workers(digests, optimizer):
+    """Rows of int32, one per worker (or per replica); none if there is one worker."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -530,3 +562,32 @@ def _digests_of_all_workers(digests, optimizer):
         return []
     rows = strategy.gather(strategy.run(lambda: ops.convert_to_tensor(digests[None])), axis=0)
     return ops.convert_to_numpy(rows)
+
+
+def share_statistics(model):
+    """Give all replicas the mean of what each of them has gathered, such as moving averages.
+
+    Without it a file, which holds one value per variable, could not bring the others back.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return  # JAX has one value for the global batch
+    strategy = model.distribute_strategy
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return
+    import tensorflow as tf
+
+    variables = [v for v in model.non_trainable_variables if "float" in v.dtype]
+
+    @tf.function
+    def means():
+        def of_replica():
+            values = [ops.convert_to_tensor(variable) for variable in variables]
+            return tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.MEAN, values
+            )
+
+        return strategy.run(of_replica)
+
+    if variables:
+        for variable, mean in zip(variables, means()):
+            variable.assign(strategy.experimental_local_results(mean)[0])

@@ -22,14 +22,16 @@ class Topology:
         mask: Bool `keras.Variable` of the kernel's shape, owned by the layer.
         neuron_axes: Tuple of ints, the kernel axes that index neurons.
         skew_correction: Bool, whether `SparseOpt` may correct this kernel's gradient.
-        name: String for messages, the layer's name.
+        name: String, the layer's name.
+        budget: Int, the active weights that the layer was made with.
     """
 
-    def __init__(self, mask, neuron_axes, skew_correction, name):
+    def __init__(self, mask, neuron_axes, skew_correction, name, budget):
         self.mask = mask
         self.neuron_axes = neuron_axes
         self.skew_correction = skew_correction
         self.name = name
+        self.budget = budget
         self._optimizer = lambda: None
 
     @property
@@ -131,7 +133,9 @@ class SparseLayer(keras.layers.Layer):
         if kernel._layout is not None:  # JAX: a sharded kernel's mask is sharded like it
             self.kernel_mask._layout = kernel._layout
             self.kernel_mask.assign(self.kernel_mask.value)
-        kernel.topology = Topology(self.kernel_mask, neuron_axes, self._skew_correction, self.name)
+        kernel.topology = Topology(
+            self.kernel_mask, neuron_axes, self._skew_correction, self.name, int(mask.sum())
+        )
         return kernel
 
     def _mask(self):

@@ -109,7 +109,7 @@ def masked(values, mask):
     return ops.where(mask, values, ops.cast(0, values.dtype))
 
 
-def _largest(values, k):
+def largest(values, k):
     """Positions of the `k` largest values (1-D), ties by lowest position, NaN as −∞."""
     if np.isnan(values).any():
         values = np.where(np.isnan(values), -np.inf, values)
@@ -196,12 +196,92 @@ def drop_and_grow(weights, mask, scores, num_update):
     # Of the negated magnitudes the largest, ties by the *highest* index: what is kept wins ties.
     magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
     magnitudes = np.where(np.isnan(magnitudes), np.float32(-1), magnitudes)
-    dropped = active[::-1][_largest(-magnitudes[::-1], num_update)]
+    dropped = active[::-1][largest(-magnitudes[::-1], num_update)]
     new[dropped] = False
     scores = scores.ravel().astype("float32", copy=False)
     free = _likely_largest(scores, min(2 * num_update, active.size))
     free = free[~new[free]]
     if free.size < num_update:  # the kept weights have most of the best scores
         free = np.flatnonzero(~new)
-    new[free[_largest(scores[free], num_update)]] = True
+    new[free[largest(scores[free], num_update)]] = True
     return new.reshape(mask.shape)
+
+
+def prune(weights, mask, count):
+    """The `count` active weights of largest |w| stay; all of them, if there are fewer.
+
+    Args:
+        weights: Float array, the kernel.
+        mask: Bool array of the kernel's shape.
+        count: Int.
+
+    Returns:
+        NumPy bool array of the kernel's shape.
+    """
+    active = np.flatnonzero(mask)
+    magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
+    new = np.zeros(mask.size, dtype=bool)
+    new[active[largest(magnitudes, min(count, active.size))]] = True
+    return new.reshape(mask.shape)
+
+
+def _ranks(values):
+    """Rank of every value in its row, 0 for the largest, ties by lowest position."""
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None, :], axis=1)
+    return ranks
+
+
+def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, min_salient):
+    """SRigL's mask update: the same number of active weights for every neuron, or none.
+
+    ```
+    keep    = the (n_active − num_update) active weights of largest |w|
+    salient = keep ∪ the num_update positions of largest score
+    ablate  neurons with fewer than max(1, floor(min_salient · floor(budget / neurons))) salient
+    fan_in  = floor(budget / remaining neurons)
+    per remaining neuron: of keep at most fan_in by |w|, filled up by score
+    ```
+
+    Args:
+        weights: Float array, the kernel.
+        mask: Bool array of its shape.
+        scores: Float array of its shape.
+        num_update: Int.
+        budget: Int, active weights of the kernel, at most.
+        neuron_axes: Tuple of ints, the kernel axes that index neurons.
+        min_salient: Float; 0 ablates nothing.
+
+    Returns:
+        NumPy bool array of the kernel's shape.
+    """
+    axes = (*neuron_axes, *fan_in_axes(mask.ndim, neuron_axes))
+    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
+
+    def by_neuron(array):
+        return np.transpose(array, axes).reshape(neurons, -1)
+
+    kept = by_neuron(prune(weights, mask, int(np.count_nonzero(mask)) - num_update))
+    magnitudes = np.abs(by_neuron(weights).astype("float32"))
+    scores = by_neuron(scores).astype("float32")
+    salient = kept.copy()
+    salient.ravel()[largest(scores.ravel(), num_update)] = True
+    counts = salient.sum(axis=1)
+    possible = kept.shape[1]
+    # The budget must fit into the neurons that remain, and give each at least one weight.
+    fewest, most = -(-budget // possible), min(neurons, budget)
+    needed = max(1, math.floor(min_salient * (budget // neurons))) if min_salient else 0
+    remaining = min(max(int((counts >= needed).sum()), fewest), most)
+    strongest = largest(counts.astype("float32"), remaining)
+    fan_in = budget // remaining
+
+    kept_ranks = _ranks(np.where(kept, magnitudes, -1.0))
+    kept &= kept_ranks < fan_in
+    grown_ranks = _ranks(np.where(kept, -np.inf, scores))
+    new = kept | (grown_ranks < fan_in - kept.sum(axis=1, keepdims=True))
+    ablated = np.ones(neurons, dtype=bool)
+    ablated[strongest] = False
+    new[ablated] = False
+    shape = [mask.shape[axis] for axis in axes]
+    return np.transpose(new.reshape(shape), np.argsort(axes)).copy()

@@ -1,5 +1,7 @@
 """The methods of dynamic sparse training, each a few lines on `DynamicSparseTraining`."""
 
+import fnmatch
+import math
 import zlib
 
 import keras
@@ -7,7 +9,13 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import masks
-from keras_sparseopt.callbacks import DynamicSparseTraining, check_int
+from keras_sparseopt.callbacks import (
+    DynamicSparseTraining,
+    check_float,
+    check_fraction,
+    check_int,
+    check_layers,
+)
 
 
 class RigL(DynamicSparseTraining):
@@ -35,7 +43,7 @@ class RigL(DynamicSparseTraining):
             steps, defaults to 1. At most `update_every`.
         seed: Int; RigL draws nothing at random, kept for a uniform signature.
         check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices after every update (`assert_replicas_agree`): slow, for debugging.
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
         layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
             (default) for all sparse layers.
 
@@ -127,7 +135,7 @@ class SET(DynamicSparseTraining):
             the steps of this fit.
         seed: Int, defaults to 0.
         check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices after every update (`assert_replicas_agree`): slow, for debugging.
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
         layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
             (default) for all sparse layers.
 
@@ -175,3 +183,351 @@ class Static(DynamicSparseTraining):
 
     def _may_be_due(self, batches):
         return False
+
+
+class SNFS(DynamicSparseTraining):
+    """SNFS, sparse networks from scratch: grow the connections with the largest gradient momentum.
+
+    ```
+    every optimizer step:  m = momentum · m + (1 − momentum) · g       g: dense gradient
+    score = |m|
+    ```
+
+    Without the redistribution between layers of the original, as in RigL's comparison: every layer
+    keeps its count. The average goes over all steps since training began, across mask updates. It
+    is part of `BackupAndRestore`'s state, but not of a `.keras` file: training that goes on from
+    such a file starts a new average.
+
+    Args:
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
+            optimizer step. Defaults to 0.3.
+        begin_step: Int, no update before this optimizer step, defaults to 0.
+        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
+            the steps of this fit.
+        momentum: Float in (0, 1), defaults to 0.9.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
+        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
+            (default) for all sparse layers.
+
+    Raises:
+        ValueError: As `DynamicSparseTraining`; or for a `momentum` out of range, or gradient
+            accumulation.
+
+    Example:
+
+    ```python
+    import keras_sparseopt as kso
+
+    callback = kso.SNFS(update_every=100, momentum=0.9)
+    ```
+
+    References:
+        Dettmers, Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing
+        Performance", 2019, arXiv 1907.04840; without redistribution: Evci et al., ICML 2020.
+    """
+
+    _gradient_steps = 1
+
+    def __init__(
+        self,
+        update_every=100,
+        drop_fraction=0.3,
+        begin_step=0,
+        end_step=None,
+        momentum=0.9,
+        check_replicas=False,
+        layers=None,
+    ):
+        super().__init__(
+            update_every, drop_fraction, begin_step, end_step, 0, check_replicas, layers
+        )
+        check_float("momentum", momentum, 0, 1)
+        if momentum == 0:
+            raise ValueError(f"`momentum` must be in (0, 1). Received: momentum={momentum!r}")
+        self.momentum = self._gradient_momentum = float(momentum)
+
+    def grow_scores(self, index, kernel):
+        return ops.abs(self.optimizer.dense_gradient(kernel))
+
+
+class GMP(DynamicSparseTraining):
+    """GMP, gradual magnitude pruning: from dense to sparse, by the smallest weights.
+
+    ```
+    p        = (t − begin_step) / (end_step − begin_step), between 0 and 1
+    sparsity = final_sparsity + (initial_sparsity − final_sparsity) · (1 − p)³
+    mask     = the (1 − sparsity) · size active weights of largest |w|
+    ```
+
+    Nothing grows: a pruned weight is 0 and stays 0. Start from a model whose sparse layers are
+    dense, `sparsify(model, 0.0)`. The last update is the first one at or after `end_step`, and
+    reaches `final_sparsity` exactly. Where a layer is sparser than the schedule already, it waits.
+
+    Args:
+        final_sparsity: Float in [0, 1), defaults to 0.9.
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        begin_step: Int, the optimizer step at which the schedule begins, defaults to 0.
+        end_step: Int, the optimizer step at which it ends. `None` (default): 75 % of the steps of
+            this fit.
+        initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
+            0.0.
+        scope: `"layer"` (default) brings every layer to the same sparsity, `"global"` ranks the
+            weights of all layers together.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
+        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
+            (default) for all sparse layers.
+
+    Raises:
+        ValueError: For an argument out of range; at the start of training as
+            `DynamicSparseTraining`.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32), keras.layers.Dense(1)])
+    model = kso.sparsify(model, 0.0)
+    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+    history = model.fit(
+        np.random.rand(64, 20), np.random.rand(64, 1), batch_size=8, epochs=2, verbose=0,
+        callbacks=[kso.GMP(final_sparsity=0.75, update_every=2, end_step=12)],
+    )
+    assert history.history["sparsity"][-1] == 0.75
+    ```
+
+    References:
+        Zhu, Gupta, "To prune, or not to prune", 2018, arXiv 1710.01878.
+    """
+
+    def __init__(
+        self,
+        final_sparsity=0.9,
+        update_every=100,
+        begin_step=0,
+        end_step=None,
+        initial_sparsity=0.0,
+        scope="layer",
+        check_replicas=False,
+        layers=None,
+    ):
+        super().__init__(update_every, 0.0, begin_step, end_step, 0, check_replicas, layers)
+        check_float("final_sparsity", final_sparsity, 0, 1)
+        check_float("initial_sparsity", initial_sparsity, 0, 1)
+        if initial_sparsity > final_sparsity:
+            raise ValueError(
+                "`initial_sparsity` must be at most `final_sparsity`. Received: "
+                f"initial_sparsity={initial_sparsity}, final_sparsity={final_sparsity}"
+            )
+        if scope not in ("layer", "global"):
+            raise ValueError(f'`scope` must be "layer" or "global". Received: scope={scope!r}')
+        self.final_sparsity = float(final_sparsity)
+        self.initial_sparsity = float(initial_sparsity)
+        self.scope = scope
+        self._counts: dict[int, int] = {}
+
+    def _is_due(self):
+        # One update more than other methods: the one that reaches the final sparsity.
+        return self.begin_step <= self._step < self._end_step + self.update_every
+
+    def target_sparsity(self, step):
+        """The schedule's sparsity at an optimizer step: float."""
+        begin = max(self.begin_step, self._first_step)
+        progress = (step - begin) / max(self._end_step - begin, 1)
+        rest = (1 - min(max(progress, 0.0), 1.0)) ** 3
+        return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * rest
+
+    def plan(self, kernels):
+        sparsity = self.target_sparsity(self._step)
+        sizes = [math.prod(kernel.shape) for _, kernel in kernels]
+        if self.scope == "layer":
+            counts = [masks.num_active(size, sparsity) for size in sizes]
+        else:
+            magnitudes = []
+            for _, kernel in kernels:
+                magnitude = np.abs(masks.host(kernel)).astype("float32", copy=False)
+                magnitudes.append(magnitude[masks.host(kernel.topology.mask)])
+            every = np.concatenate(magnitudes)
+            total = min(masks.num_active(sum(sizes), sparsity), every.size)
+            chosen = np.zeros(every.size, dtype=bool)
+            chosen[masks.largest(every, total)] = True
+            ends = np.cumsum([m.size for m in magnitudes])
+            counts = [int(part.sum()) for part in np.split(chosen, ends[:-1])]
+        self._counts = {id(kernel): count for (_, kernel), count in zip(kernels, counts)}
+
+    def grow_scores(self, index, kernel):
+        return None
+
+    def new_mask(self, kernel, weights, mask, scores, fraction):
+        return masks.prune(weights, mask, self._counts[id(kernel)])
+
+
+class GraNet(GMP):
+    """GraNet: prune gradually by global magnitude, and let RigL replace weights at the same steps.
+
+    ```
+    every `update_every` optimizer steps:
+        prune all layers together to the sparsity of GMP's cubic schedule
+        then in every layer drop_and_grow, as RigL: n_update = floor(f(t) · n_active)
+    ```
+
+    Starts from any model that is sparse at most `initial_sparsity`: 0.0 is GraNet's
+    dense-to-sparse, 0.5 its sparse-to-sparse setting.
+
+    Args:
+        final_sparsity: Float in [0, 1), defaults to 0.9.
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        begin_step: Int, the optimizer step at which the schedule begins, defaults to 0.
+        end_step: Int, the optimizer step at which it ends. `None` (default): 75 % of the steps of
+            this fit.
+        initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
+            0.5.
+        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
+            optimizer step. Defaults to 0.5.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
+        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
+            (default) for all sparse layers.
+
+    Raises:
+        ValueError: For an argument out of range; at the start of training as
+            `DynamicSparseTraining`.
+
+    Example:
+
+    ```python
+    import keras_sparseopt as kso
+
+    callback = kso.GraNet(final_sparsity=0.9, initial_sparsity=0.5, update_every=100)
+    ```
+
+    References:
+        Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration",
+        NeurIPS 2021, arXiv 2106.10404.
+    """
+
+    _gradient_steps = 1
+
+    def __init__(
+        self,
+        final_sparsity=0.9,
+        update_every=100,
+        begin_step=0,
+        end_step=None,
+        initial_sparsity=0.5,
+        drop_fraction=0.5,
+        check_replicas=False,
+        layers=None,
+    ):
+        super().__init__(
+            final_sparsity, update_every, begin_step, end_step, initial_sparsity, "global",
+            check_replicas, layers,
+        )  # fmt: skip
+        if not isinstance(drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
+            check_fraction(drop_fraction)
+        self.drop_fraction = drop_fraction
+
+    def grow_scores(self, index, kernel):
+        return ops.abs(self.optimizer.dense_gradient(kernel))
+
+    def new_mask(self, kernel, weights, mask, scores, fraction):
+        pruned = super().new_mask(kernel, weights, mask, scores, fraction)
+        num_update = math.floor(fraction * np.count_nonzero(pruned))
+        return masks.drop_and_grow(weights, pruned, scores, num_update)
+
+
+class SRigL(DynamicSparseTraining):
+    """SRigL: RigL with the same fan-in for every neuron of a layer; weak neurons are ablated.
+
+    ```
+    budget  = active weights that the layer was made with
+    keep    = the (n_active − n_update) active weights of largest |w|
+    salient = keep ∪ the n_update positions of largest |g|
+    ablate  neurons with fewer than max(1, floor(min_salient · fan-in before ablation)) salient
+    fan-in  = floor(budget / remaining neurons)
+    per remaining neuron: of keep at most `fan-in` by |w|, filled up by |g|
+    ```
+
+    All neurons then amplify their gradient equally, so SparseOpt's correction has nothing left to
+    do, and the layer can be stored and multiplied densely. The first update gives any mask its
+    constant fan-in. Up to one weight per neuron of the budget stays unused. As many neurons remain
+    as the budget needs. An ablated neuron has no active weight; it returns if its weights become
+    salient again.
+
+    Args:
+        update_every: Int, optimizer steps between mask updates, defaults to 100.
+        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
+            optimizer step. Defaults to 0.3.
+        begin_step: Int, no update before this optimizer step, defaults to 0.
+        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
+            the steps of this fit.
+        min_salient: Float in [0, 1), a neuron's share of its fan-in that must be salient, defaults
+            to 0.3. 0 never ablates.
+        ablation_exclude: List of layer names or patterns whose neurons are never ablated, such as
+            the classifier; defaults to `()`. Layers that feed no normalization should be in it.
+        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
+            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
+        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
+            (default) for all sparse layers.
+
+    Raises:
+        ValueError: As `DynamicSparseTraining`; or for a `min_salient` out of range.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((20,)), kso.SparseDense(32, sparsity=0.8)])
+    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+    model.fit(
+        np.random.rand(64, 20), np.random.rand(64, 32), batch_size=8, verbose=0,
+        callbacks=[kso.SRigL(update_every=2, min_salient=0.0)],
+    )
+    fan_in = keras.ops.convert_to_numpy(model.layers[0].kernel_mask).sum(axis=0)
+    assert (fan_in == 4).all()
+    ```
+
+    References:
+        Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024,
+        arXiv 2305.02299.
+    """
+
+    _gradient_steps = 1
+
+    def __init__(
+        self,
+        update_every=100,
+        drop_fraction=0.3,
+        begin_step=0,
+        end_step=None,
+        min_salient=0.3,
+        ablation_exclude=(),
+        check_replicas=False,
+        layers=None,
+    ):
+        super().__init__(
+            update_every, drop_fraction, begin_step, end_step, 0, check_replicas, layers
+        )
+        check_float("min_salient", min_salient, 0, 1)
+        self.min_salient = float(min_salient)
+        self.ablation_exclude = check_layers("ablation_exclude", ablation_exclude or None) or ()
+
+    def grow_scores(self, index, kernel):
+        return ops.abs(self.optimizer.dense_gradient(kernel))
+
+    def new_mask(self, kernel, weights, mask, scores, fraction):
+        topology = kernel.topology
+        excluded = any(fnmatch.fnmatch(topology.name, p) for p in self.ablation_exclude)
+        num_update = math.floor(fraction * np.count_nonzero(mask))
+        return masks.constant_fan_in(
+            weights, mask, scores, num_update, topology.budget, topology.neuron_axes,
+            0.0 if excluded else self.min_salient,
+        )  # fmt: skip

@@ -188,6 +188,86 @@ def test_works_for_a_dense_model(tmp_path):
     assert_same(resumed, again)
 
 
+def test_a_later_fit_on_a_resumed_model_trains_all_its_epochs(finished, tmp_path):
+    directory = copied(finished, tmp_path, [3])
+    model = network()
+    fit(model, directory, 4)
+    steps = int(array(model.optimizer.iterations))
+    x, y = np.ones((6, 10), "float32"), np.arange(6) % 4
+    assert model.fit(x, y, epochs=2, verbose=0).epoch == [0, 1]
+    assert int(array(model.optimizer.iterations)) == steps + 2
+
+
+def test_foreign_newest_backup(finished, tmp_path):
+    """Neither does the data begin at the wrong epoch, nor is own progress deleted."""
+    directory = copied(finished, tmp_path, [2])
+    fit(network(units=13), tmp_path / "other", 5)
+    (tmp_path / "other" / "epoch-000005.npz").rename(directory / "epoch-000005.npz")
+    backup = kso.BackupAndRestore(directory)
+    assert backup.initial_epoch == 5
+    model = network()
+    x, y = np.ones((6, 10), "float32"), np.arange(6) % 4
+    with (
+        pytest.warns(UserWarning, match="of another model"),
+        pytest.raises(ValueError, match="`initial_epoch` was 5, this model's backup has 2"),
+    ):
+        model.fit(x, y, verbose=0, callbacks=[backup])
+    with pytest.warns(UserWarning, match="of another model"):
+        fit(model, directory, 4, keep=1)
+    assert sorted(p.name for p in directory.glob("*.npz")) == [
+        "epoch-000004.npz", "epoch-000005.npz",
+    ]  # fmt: skip
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = network()
+    with pytest.raises(ValueError, match="`backup_dir` must be a directory that can be written"):
+        fit(model, tmp_path / "file", 1)
+    assert int(array(model.optimizer.iterations)) == 0
+
+
+def test_logs_that_are_no_numbers_are_left_out(tmp_path):
+    class Log(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs.update(note="text", nothing=None, number=np.float32(2))
+
+    fit(network(), tmp_path, 1, [Log()])
+    history = fit(network(), tmp_path, 1).history
+    assert history["number"] == [2.0] and "note" not in history and "nothing" not in history
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: kso.SNFS(3, 0.5, end_step=20),
+        lambda: kso.RigL(3, 0.5, end_step=20, gradient_steps=3),
+    ],
+)
+def test_averaged_gradients_are_part_of_a_backup(tmp_path, make):
+    """Five steps an epoch: the averages straddle its end."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def run(directory, callbacks=()):
+        model = network()
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(20, 10)).astype("float32"), rng.integers(0, 4, 20)
+        model.fit(
+            x, y, batch_size=4, epochs=4, shuffle=False, verbose=0,
+            callbacks=[make(), kso.BackupAndRestore(directory), *callbacks],
+        )  # fmt: skip
+        return state(model)
+
+    straight = run(tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", [Stop()])
+    assert_same(run(tmp_path / "b"), straight)
+
+
 def test_unbuilt_model_is_refused(tmp_path):
     model = compiled(keras.Sequential([keras.layers.Dense(4)]), keras.optimizers.SGD())
     backup = kso.BackupAndRestore(tmp_path)

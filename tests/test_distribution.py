@@ -103,6 +103,15 @@ def test_two_processes_equal_one_and_resume_exactly(tmp_path):
     assert victim.returncode == -signal.SIGKILL
     survivor.kill()
     survivor.communicate()
+    (tmp_path / "backup").rename(tmp_path / "backup-0")
+    mixed = [
+        start("multiworker.py", "rigl", tmp_path / "mixed", *backup, "--private", **env)
+        for env in workers(2)
+    ]
+    for process in mixed:  # worker 1 would begin from the start
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 1 and "All workers must see the same" in output, output
+    (tmp_path / "backup-0").rename(tmp_path / "backup")
     assert sorted(p.name for p in (tmp_path / "backup").iterdir())[-1] == "epoch-000002.npz"
     finish(
         *(start("multiworker.py", "rigl", tmp_path / "again", *backup, **env) for env in workers(2))

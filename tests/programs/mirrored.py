@@ -1,6 +1,7 @@
 """MirroredStrategy on logical CPU devices equals one device. Usage: mirrored.py REPLICAS"""
 
 import sys
+import tempfile
 
 import tensorflow as tf
 
@@ -51,6 +52,50 @@ def check_that_disagreement_is_found(model):
     kso.assert_replicas_agree(model)
 
 
+def check_that_updates_notice_disagreement(devices):
+    """`check_replicas` looks before the update, which would heal the difference."""
+    with devices.scope():
+        model = tiny.model()
+
+    class Disturb(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 0:
+                copy = kso.sparse_layers(model)[0].kernel.value.values[-1]
+                copy.assign(copy + 1.0)
+
+    data = tf.data.Dataset.from_tensor_slices(tiny.data()).batch(24, drop_remainder=True)
+    try:
+        model.fit(data, verbose=0, callbacks=[tiny.method("rigl", check_replicas=True), Disturb()])
+    except AssertionError as error:
+        assert "conv/kernel" in str(error), error
+    else:
+        raise SystemExit("check_replicas did not notice a changed replica")
+
+
+def check_resuming_with_statistics_of_each_replica(devices):
+    """Plain BatchNormalization, and validation that reads its statistics."""
+    data = tf.data.Dataset.from_tensor_slices(tiny.data()).batch(24, drop_remainder=True)
+
+    def train(directory, epochs):
+        with devices.scope():
+            model = tiny.model(synchronized=False)
+        callbacks = [tiny.method("rigl", end_step=100), kso.BackupAndRestore(directory)]
+        history = model.fit(
+            data, epochs=epochs, validation_data=data, callbacks=callbacks, verbose=0
+        )
+        kso.assert_replicas_agree(model)
+        copies = [c.numpy() for v in model.variables for c in v.value.values]
+        return copies, {k: v for k, v in history.history.items() if k != "drop_fraction"}
+
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        straight, straight_history = train(a, 3)
+        train(b, 1)
+        resumed, resumed_history = train(b, 3)
+    assert resumed_history == straight_history, (resumed_history, straight_history)
+    for a, b in zip(straight, resumed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def check_refusals(devices):
     """What Keras 3 cannot do is refused before anything has changed."""
 
@@ -70,6 +115,15 @@ def check_refusals(devices):
         for value, variable in zip(before, model.variables, strict=True):
             np.testing.assert_array_equal(value, keras.ops.convert_to_numpy(variable))
 
+    model = tiny.model()  # outside of the scope
+    with devices.scope():
+        model.compile(kso.SparseOpt("sgd"), loss=LOSS)
+    try:
+        model.fit(*tiny.data(), callbacks=[kso.SET(2)], verbose=0)
+    except (ValueError, RuntimeError) as error:
+        assert "same strategy" in str(error) or "Mixing" in str(error), error
+    else:
+        raise SystemExit("an optimizer of another strategy was not refused")
     refused("gradient_accumulation_steps", gradient_accumulation_steps=2)
     refused("use_ema", use_ema=True)
     refused("steps_per_execution", {"steps_per_execution": 2})
@@ -86,8 +140,11 @@ def main():
         for name, values in one_history.items():
             np.testing.assert_allclose(values, many_history[name], rtol=1e-4, err_msg=name)
         assert many_history["itop_rate"][-1] > 1 - many_history["sparsity"][-1] + 0.02
-    check_that_disagreement_is_found(many)
-    check_refusals(mirrored)
+    if replicas == 2:
+        check_that_disagreement_is_found(many)
+        check_that_updates_notice_disagreement(mirrored)
+        check_resuming_with_statistics_of_each_replica(mirrored)
+        check_refusals(mirrored)
     print("all equal")
 
 

@@ -60,6 +60,7 @@ def main():
     parser.add_argument("method")
     parser.add_argument("output")
     parser.add_argument("--backup")
+    parser.add_argument("--private", action="store_true", help="a backup directory per worker")
     parser.add_argument("--die", type=int)
     args = parser.parse_args()
 
@@ -78,7 +79,8 @@ def main():
 
     callbacks = [tiny.method(args.method, check_replicas=True)]
     if args.backup:
-        callbacks.append(kso.BackupAndRestore(args.backup))
+        private = f"-{devices.worker}" if args.private else ""
+        callbacks.append(kso.BackupAndRestore(args.backup + private))
     if args.die is not None:
         callbacks.append(Die(args.die))
     validation = data(devices)

@@ -15,13 +15,14 @@ def data(examples=96):
     return x, rng.integers(0, 5, examples)
 
 
-def model(inner="sgd", dropout=0.0, renormalize=False):
+def model(inner="sgd", dropout=0.0, renormalize=False, synchronized=True):
     """BatchNormalization is over the global batch, so that any number of devices is one."""
+    synchronized = synchronized and keras.backend.backend() == "tensorflow"
     keras.utils.set_random_seed(0)
     layers = [
         keras.Input((6, 6, 3)),
         kso.SparseConv2D(12, 3, sparsity=0.7, use_bias=False, name="conv"),
-        keras.layers.BatchNormalization(synchronized=keras.backend.backend() == "tensorflow"),
+        keras.layers.BatchNormalization(synchronized=synchronized),
         keras.layers.ReLU(),
         keras.layers.Flatten(),
         kso.SparseDense(16, sparsity=0.8, name="hidden"),

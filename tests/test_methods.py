@@ -1,0 +1,271 @@
+"""GMP, GraNet, SNFS and SRigL against updates computed by hand, in plain NumPy."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, assert_invariants, compiled, data, masks_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import keras_sparseopt as kso
+from keras_sparseopt import masks
+
+
+def mlp(sparsity=0.7):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((12,)),
+            kso.SparseDense(16, sparsity=sparsity, seed=1, use_bias=False, name="hidden"),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            kso.SparseDense(9, sparsity=sparsity, seed=2, use_bias=False, name="second"),
+            keras.layers.BatchNormalization(),
+            kso.SparseDense(3, sparsity=sparsity, seed=3, skew_correction=False, name="last"),
+        ]
+    )
+
+
+class Recorder(keras.callbacks.Callback):
+    """Weights, masks and dense gradients after every step, before and after the update."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        optimizer = self.model.optimizer
+        self.steps.append(
+            [
+                (
+                    array(kernel),
+                    array(kernel.topology.mask),
+                    None if record.tap is None else array(optimizer.dense_gradient(kernel)),
+                )
+                for kernel, record in zip(optimizer.sparse_kernels, optimizer._kernels)
+            ]
+        )
+
+
+def train(method, model=None, epochs=2, optimizer=None):
+    model = compiled(model or mlp(), optimizer or kso.SparseOpt(keras.optimizers.SGD(0.1)))
+    before, after = Recorder(), Recorder()
+    x, y = data()
+    history = model.fit(
+        x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0,
+        callbacks=[before, method, after],
+    )  # fmt: skip
+    assert_invariants(model)
+    return model, before.steps, after.steps, history.history
+
+
+def top(values, count):
+    """Flat positions of the largest, ties by lowest position."""
+    return set(np.argsort(-values.ravel(), kind="stable")[:count].tolist())
+
+
+def positions(mask):
+    return set(np.flatnonzero(mask).tolist())
+
+
+# ---------------------------------------------------------------------- GMP
+
+
+def test_gmp_follows_the_cubic_schedule_and_the_magnitudes():
+    model = mlp(sparsity=0.0)
+    begin, end, final, every = 2, 8, 0.9, 2
+    method = kso.GMP(final, every, begin_step=begin, end_step=end)
+    _, before, after, history = train(method, model)
+    for step in range(1, len(before) + 1):
+        for (weights, old, _), (_, new, _) in zip(before[step - 1], after[step - 1]):
+            if step % every or not begin <= step < end + every:
+                assert np.array_equal(old, new)
+                continue
+            progress = min((step - begin) / (end - begin), 1)
+            sparsity = final - final * (1 - progress) ** 3
+            count = max(1, round((1 - sparsity) * old.size))
+            magnitude = np.where(old, np.abs(weights), -1)
+            assert positions(new) == top(magnitude, min(count, old.sum()))
+    assert history["sparsity"][-1] == pytest.approx(final, abs=0.005)
+
+
+def test_gmp_global_ranks_all_layers_together():
+    model = mlp(sparsity=0.0)
+    _, before, after, _ = train(kso.GMP(0.8, 4, end_step=4, scope="global"), model, epochs=1)
+    weights = [np.abs(w) for w, _, _ in before[3]]
+    every = np.concatenate([w.ravel() for w in weights])
+    threshold = np.sort(every)[::-1][round(0.2 * every.size) - 1]
+    for w, (_, new, _) in zip(weights, after[3]):
+        assert np.array_equal(new, w >= threshold)
+
+
+def test_gmp_waits_where_the_model_is_sparser_than_its_schedule():
+    model = mlp(sparsity=0.7)
+    method = kso.GMP(0.75, 2, end_step=8, initial_sparsity=0.0)
+    _, _, after, _ = train(method, model)
+    counts = [sum(mask.sum() for _, mask, _ in step) for step in after]
+    assert counts[0] == counts[1] and counts[-1] < counts[0]
+
+
+# ---------------------------------------------------------------------- GraNet
+
+
+def test_granet_prunes_globally_and_then_replaces_as_rigl():
+    model = mlp(sparsity=0.0)
+    end, every, final, fraction = 12, 4, 0.8, 0.5
+    method = kso.GraNet(final, every, end_step=end, initial_sparsity=0.0, drop_fraction=fraction)
+    _, before, after, _ = train(method, model)
+    for step in (4, 8, 12):
+        sparsity = final - final * (1 - step / end) ** 3
+        f = fraction / 2 * (1 + np.cos(np.pi * step / end))
+        state = before[step - 1]
+        magnitude = [np.where(m, np.abs(w), -1) for w, m, _ in state]
+        every_one = np.concatenate([m.ravel() for m in magnitude])
+        chosen = np.zeros(every_one.size, bool)
+        chosen[list(top(every_one, round((1 - sparsity) * every_one.size)))] = True
+        ends = np.cumsum([m.size for m in magnitude])[:-1]
+        for part, m, (_, _, g), (_, new, _) in zip(
+            np.split(chosen, ends), magnitude, state, after[step - 1]
+        ):
+            count = int(part.sum())
+            replaced = int(f * count)
+            kept = top(np.where(part, m.ravel(), -1), count - replaced)
+            score = np.abs(g).ravel().copy()
+            score[list(kept)] = -1
+            assert positions(new) == kept | top(score, replaced)
+
+
+# ---------------------------------------------------------------------- SNFS
+
+
+def test_snfs_grows_by_the_moving_average_of_all_gradients():
+    plain = kso.SparseOpt(keras.optimizers.SGD(0.0))  # weights stay, gradients are the model's
+    x, y = data()
+    gradients = []
+    model = compiled(mlp(), plain)
+    kernels = [layer.kernel for layer in kso.sparse_layers(model)]
+
+    class Gradient(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            optimizer = self.model.optimizer
+            gradients.append([array(optimizer.dense_gradient(k)) for k in kernels])
+
+    model.fit(
+        x, y, batch_size=4, shuffle=False, verbose=0,
+        callbacks=[kso.RigL(100, end_step=1000), Gradient()],
+    )  # fmt: skip
+    momentum, average = 0.7, [np.zeros(k.shape) for k in kernels]
+    for step in gradients:
+        average = [momentum * a + (1 - momentum) * g for a, g in zip(average, step)]
+    model = compiled(mlp(), kso.SparseOpt(keras.optimizers.SGD(0.0)))
+    kernels = [layer.kernel for layer in kso.sparse_layers(model)]
+    kept = []
+
+    class Average(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kept[:] = [array(self.model.optimizer.dense_gradient(k)) for k in kernels]
+
+    model.fit(
+        x, y, batch_size=4, shuffle=False, verbose=0,
+        callbacks=[kso.SNFS(100, end_step=1000, momentum=momentum), Average()],
+    )  # fmt: skip
+    for a, b in zip(kept, average):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_snfs_update_by_hand():
+    _, before, after, _ = train(kso.SNFS(4, 0.5, end_step=16), epochs=2)
+    for step in (4, 8, 12):
+        f = 0.25 * (1 + np.cos(np.pi * step / 16))
+        for (w, old, g), (_, new, _) in zip(before[step - 1], after[step - 1]):
+            n = int(old.sum())
+            replaced = int(f * n)
+            kept = top(np.where(old, np.abs(w), -1), n - replaced)
+            score = np.abs(g).ravel().copy()
+            score[list(kept)] = -1
+            assert positions(new) == kept | top(score, replaced)
+
+
+def test_methods_that_average_differently_are_refused_together():
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+    x, y = data()
+    with pytest.raises(ValueError, match="averaged in another way"):
+        model.fit(x, y, verbose=0, callbacks=[kso.SNFS(2), kso.RigL(2)])
+
+
+# ---------------------------------------------------------------------- SRigL
+
+
+def test_srigl_by_hand():
+    # Rows are inputs, columns are neurons.
+    weights = np.array([[9, 1, 0], [8, 0, 0.5], [7, 0, 0], [0, 2, 0]], "float32")
+    mask = np.array([[1, 1, 0], [1, 0, 1], [1, 0, 0], [0, 1, 0]], bool)
+    scores = np.array([[0, 0, 0], [0, 6, 0], [0, 3, 0], [5, 0, 1]], "float32")
+    # n_active 6, one replaced: keep 9, 8, 7, 2, 1; salient also (1, 1) by score: 3, 3, 0.
+    # min_salient 0.5 of fan-in 2 → 1: the last neuron goes; fan-in = 6 // 2 = 3.
+    new = masks.constant_fan_in(weights, mask, scores, 1, 6, (1,), 0.5)
+    expected = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]], bool)
+    assert np.array_equal(new, expected)
+    # Without ablation the fan-in is 2: of the first neuron's three only the two largest stay.
+    new = masks.constant_fan_in(weights, mask, scores, 1, 6, (1,), 0.0)
+    expected = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 1, 1]], bool)
+    assert np.array_equal(new, expected)
+
+
+@given(data=st.data(), seed=st.integers(0, 2**31))
+@settings(max_examples=200, deadline=None)
+def test_srigl_invariants(data, seed):
+    rng = np.random.default_rng(seed)
+    shape = data.draw(st.sampled_from([(6, 5), (3, 3, 2, 4), (4, 2, 3)]))
+    axes = data.draw(st.sampled_from([(len(shape) - 1,), (len(shape) - 2, len(shape) - 1)]))
+    mask = rng.random(shape) < data.draw(st.floats(0.05, 1))
+    mask.ravel()[rng.integers(mask.size)] = True
+    weights = np.where(mask, rng.integers(-3, 4, shape), 0).astype("float32")
+    scores = rng.integers(0, 4, shape).astype("float32")
+    active = int(mask.sum())
+    num_update = data.draw(st.integers(0, active))
+    budget = data.draw(st.integers(1, mask.size))
+    salient = data.draw(st.floats(0, 0.99))
+    new = masks.constant_fan_in(weights, mask, scores, num_update, budget, axes, salient)
+    fan_in = new.sum(axis=masks.fan_in_axes(len(shape), axes)).ravel()
+    remaining = fan_in[fan_in > 0]
+    assert new.shape == mask.shape and len(set(remaining.tolist())) == 1
+    assert budget - len(remaining) < new.sum() <= budget
+
+
+def test_srigl_in_training():
+    method = kso.SRigL(4, 0.3, end_step=1000, min_salient=0.4, ablation_exclude=["last"])
+    model = mlp(sparsity=0.8)
+    budgets = [int(m.sum()) for m in masks_of(model)]
+    model, *_ = train(method, model)
+    for budget, mask in zip(budgets, masks_of(model)):
+        fan_in = mask.sum(axis=0)
+        (k,) = set(fan_in[fan_in > 0].tolist())
+        assert budget - mask.shape[1] < mask.sum() <= budget
+        # What is left of the correction is one scale for all: √(neurons / remaining neurons).
+        scale = array(masks.correction(keras.ops.convert_to_tensor(mask), (1,)))[0]
+        np.testing.assert_allclose(
+            scale, np.where(fan_in > 0, np.sqrt(fan_in.size / (fan_in > 0).sum()), 0), rtol=1e-6
+        )
+    assert (masks_of(model)[-1].sum(axis=0) > 0).all()
+
+
+# ---------------------------------------------------------------------- several methods
+
+
+def test_different_methods_for_different_layers():
+    model = mlp()
+    callbacks = [
+        kso.GMP(0.95, 4, end_step=8, layers=["sec*"]),
+        kso.SET(4, 0.5, end_step=100, layers=["hidden"]),
+    ]
+    model = compiled(model, kso.SparseOpt("sgd"))
+    before = masks_of(model)
+    x, y = data()
+    model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=callbacks)
+    after = masks_of(model)
+    assert before[0].sum() == after[0].sum() and not np.array_equal(before[0], after[0])
+    assert after[1].sum() == round(0.05 * after[1].size)
+    for a, b in zip(before[2:], after[2:]):
+        assert np.array_equal(a, b)
+    assert_invariants(model)
