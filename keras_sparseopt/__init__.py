@@ -8,7 +8,14 @@ if keras.backend.backend() not in ("tensorflow", "jax"):
         f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND before importing keras."
     )
 
-from keras_sparseopt.analysis import effective_gradient_flow, itop_rate
+from keras_sparseopt.analysis import (
+    connectivity,
+    effective_gradient_flow,
+    gradient_flow,
+    gradient_skew,
+    itop_rate,
+    mask_overlap,
+)
 from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import (
@@ -35,6 +42,7 @@ from keras_sparseopt.layers import (
 )
 from keras_sparseopt.masks import drop_and_grow
 from keras_sparseopt.methods import GMP, SET, SNFS, GraNet, RigL, SRigL, Static
+from keras_sparseopt.monitors import GradientFlow
 from keras_sparseopt.optimizers import HAM, SparseOpt
 
 __version__ = "0.1.0"
@@ -46,6 +54,7 @@ __all__ = [
     "BackupAndRestore",
     "DynamicSparseTraining",
     "GraNet",
+    "GradientFlow",
     "RigL",
     "SNFS",
     "SRigL",
@@ -58,13 +67,17 @@ __all__ = [
     "SparseOpt",
     "Static",
     "assert_replicas_agree",
+    "connectivity",
     "drop_and_grow",
     "effective_gradient_flow",
     "er",
     "erk",
     "fit_distributed",
+    "gradient_flow",
+    "gradient_skew",
     "itop_rate",
     "layer_costs",
+    "mask_overlap",
     "masks_from_zeros",
     "resolve_strategy",
     "set_mask",

@@ -1,7 +1,12 @@
 """Measures of sparse training: reads, never writes, returns plain numbers and dicts."""
 
+import math
+
 import numpy as np
 from keras import ops
+
+from keras_sparseopt.conversion import sparse_layers
+from keras_sparseopt.masks import fan_in_axes, host
 
 
 def effective_gradient_flow(gradients, masks, p=2, normalize=False):
@@ -104,3 +109,196 @@ def itop_rate(masks):
         raise ValueError(f"`masks` must have the same shapes at every time. Received: {shapes}")
     ever = [np.logical_or.reduce(layer) for layer in zip(*times)]
     return float(sum(m.sum() for m in ever) / sum(m.size for m in ever))
+
+
+def gradient_flow(gradients, p=2):
+    """Ordinary gradient flow: the norm of all gradients taken together, active or not.
+
+    ```
+    GF_p = ‖ (g_1, …, g_L) ‖_p
+    ```
+
+    Large layers dominate it, and in a sparse network the gradients of weights that do not exist:
+    what `effective_gradient_flow` leaves out.
+
+    Args:
+        gradients: List of arrays, one gradient per layer.
+        p: 1 or 2 (default).
+
+    Returns:
+        Float.
+
+    Raises:
+        ValueError: If there are no gradients, or `p` is neither 1 nor 2.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras_sparseopt as kso
+
+    assert kso.gradient_flow([np.array([3.0]), np.array([4.0])]) == 5.0
+    ```
+
+    References:
+        Tessera, Hooker, Rosman, "Keep the Gradients Flowing", 2021, arXiv 2102.01670.
+    """
+    if p not in (1, 2):
+        raise ValueError(f"`p` must be 1 or 2. Received: p={p!r}")
+    gradients = [ops.convert_to_numpy(g).astype("float64").ravel() for g in gradients]
+    if not gradients:
+        raise ValueError("`gradients` must not be empty. Received: gradients=[]")
+    return float(np.linalg.norm(np.concatenate(gradients), ord=p))
+
+
+def gradient_skew(mask, gradient=None, neuron_axes=None):
+    """How a normalization amplifies and turns a sparse layer's gradient, and what SparseOpt undoes.
+
+    ```
+    s_i             = 1 − nnz(mask of neuron i) / fan_in
+    amplification_i = 1 / √(1 − s_i)
+    spread          = standard deviation / mean of amplification_i
+    angle           = ∠( g ⊙ mask,  g ⊙ mask · √(1 − s_i) )
+    ```
+
+    The amplification is theory: it holds where the inputs of a neuron are about independent, of
+    mean 0 and of equal variance, and its weights are of equal variance.
+
+    Args:
+        mask: Bool array, a kernel's mask.
+        gradient: Array of the same shape, its dense gradient, or `None` (default).
+        neuron_axes: Tuple of ints, the axes that index neurons; `None` (default) for the last.
+
+    Returns:
+        Dict with `amplification` (NumPy array, one entry per neuron; NaN for one without active
+        weights), `spread` and, with a gradient, `angle` in degrees (0 for a gradient of 0).
+
+    Raises:
+        ValueError: If `mask` is not bool, or of another shape than `gradient`.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras_sparseopt as kso
+
+    mask = np.array([[True, True], [True, False], [True, False], [True, False]])
+    skew = kso.gradient_skew(mask, gradient=np.ones((4, 2)))
+    assert np.array_equal(skew["amplification"], [1.0, 2.0]) and 10 < skew["angle"] < 20
+    ```
+
+    References:
+        Adnan et al., "SparseOpt", ICML 2026, arXiv 2605.27541.
+    """
+    mask = ops.convert_to_numpy(mask)
+    if mask.dtype != bool:
+        raise ValueError(f"`mask` must be bool. Received: dtype={mask.dtype}")
+    axes = fan_in_axes(mask.ndim, (mask.ndim - 1,) if neuron_axes is None else neuron_axes)
+    density = mask.mean(axis=axes, keepdims=True)
+    with np.errstate(divide="ignore"):
+        amplification = np.where(density > 0, 1 / np.sqrt(density), np.nan).ravel()
+    alive = amplification[~np.isnan(amplification)]
+    spread = float(alive.std() / alive.mean()) if alive.size else 0.0
+    skew = {"amplification": amplification, "spread": spread}
+    if gradient is not None:
+        gradient = ops.convert_to_numpy(gradient)
+        if gradient.shape != mask.shape:
+            raise ValueError(
+                "`gradient` must have the mask's shape. Received: "
+                f"{gradient.shape} for a mask of shape {mask.shape}"
+            )
+        raw = np.where(mask, gradient, 0).astype("float64")
+        skew["angle"] = _angle(raw, raw * np.sqrt(density))
+    return skew
+
+
+def _angle(a, b):
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    if norms == 0:
+        return 0.0
+    return math.degrees(math.acos(min(1.0, float((a * b).sum() / norms))))
+
+
+def connectivity(model):
+    """Fan-in, fan-out and dead neurons of every sparse layer.
+
+    Args:
+        model: Built Keras model with sparse layers.
+
+    Returns:
+        List of dicts, one per sparse layer: `name`, `sparsity`, `fan_in` (NumPy int array, active
+        incoming weights of every neuron), `fan_out` (active weights that leave every input
+        channel), `dead_neurons` (neurons without active weights) and `dead_inputs`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
+    (layer,) = kso.connectivity(model)
+    assert layer["fan_in"].sum() == layer["fan_out"].sum() == 16
+    ```
+    """
+    rows = []
+    for layer in sparse_layers(model):
+        mask = ops.convert_to_numpy(layer.kernel_mask)
+        neuron_axes = layer.kernel.topology.neuron_axes
+        into = mask.sum(axis=fan_in_axes(mask.ndim, neuron_axes))
+        # The input channel is the last axis of the fan-in.
+        channel = max(fan_in_axes(mask.ndim, neuron_axes))
+        out = mask.sum(axis=tuple(axis for axis in range(mask.ndim) if axis != channel))
+        rows.append(
+            {
+                "name": layer.name,
+                "sparsity": 1.0 - float(mask.mean()),
+                "fan_in": into,
+                "fan_out": out,
+                "dead_neurons": int((into == 0).sum()),
+                "dead_inputs": int((out == 0).sum()),
+            }
+        )
+    return rows
+
+
+def mask_overlap(masks, others):
+    """How much two topologies have in common, layer by layer and altogether.
+
+    ```
+    overlap_l = | mask_l ∧ other_l | / | mask_l ∨ other_l |         churn_l = 1 − overlap_l
+    ```
+
+    Args:
+        masks: List of bool arrays, one per layer; such as of a checkpoint.
+        others: List of bool arrays of the same shapes.
+
+    Returns:
+        Dict with `layers` (list of floats) and `total` (float, all weights taken together). Two
+        empty masks overlap fully.
+
+    Raises:
+        ValueError: If the lists are empty or do not fit.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras_sparseopt as kso
+
+    a, b = np.array([True, True, False]), np.array([False, True, True])
+    assert kso.mask_overlap([a], [b])["total"] == 1 / 3
+    ```
+    """
+    masks, others = ([host(m) for m in side] for side in (masks, others))
+    if not masks or [m.shape for m in masks] != [m.shape for m in others]:
+        raise ValueError(
+            "`masks` and `others` must be non-empty lists of arrays of the same shapes. Received: "
+            f"{[m.shape for m in masks]} and {[m.shape for m in others]}"
+        )
+    common = [int((a & b).sum()) for a, b in zip(masks, others)]
+    either = [int((a | b).sum()) for a, b in zip(masks, others)]
+    return {
+        "layers": [c / e if e else 1.0 for c, e in zip(common, either)],
+        "total": sum(common) / sum(either) if sum(either) else 1.0,
+    }

@@ -581,7 +581,7 @@ def share_statistics(model):
     @tf.function
     def means():
         def of_replica():
-            values = [ops.convert_to_tensor(variable) for variable in variables]
+            values = [tf.identity(variable.value) for variable in variables]
             return tf.distribute.get_replica_context().all_reduce(
                 tf.distribute.ReduceOp.MEAN, values
             )

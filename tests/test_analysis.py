@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import array
+from helpers import array, compiled, correct_oracle, data, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,3 +88,112 @@ def test_flops_of_resnet50_match_the_known_dense_count():
     assert total == pytest.approx(2 * 3.858e9, rel=1e-3)
     erk = kso.sparsify(dense, 0.9)
     assert sum(array(layer.kernel_mask).sum() for layer in kso.sparse_layers(erk)) > 0
+
+
+def test_gradient_flow_is_one_norm_of_everything():
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=shape) for shape in ((3, 4), (5,))]
+    every = np.concatenate([g.ravel() for g in gradients])
+    assert kso.gradient_flow(gradients) == pytest.approx(np.sqrt((every**2).sum()))
+    assert kso.gradient_flow(gradients, p=1) == pytest.approx(np.abs(every).sum())
+    with pytest.raises(ValueError, match="`p` must be 1 or 2. Received: p=3"):
+        kso.gradient_flow(gradients, p=3)
+    with pytest.raises(ValueError, match="must not be empty"):
+        kso.gradient_flow([])
+
+
+@pytest.mark.parametrize("shape, axes", [((6, 5), None), ((3, 3, 2, 4), None), ((4, 3, 2), (1, 2))])
+def test_gradient_skew_against_the_optimizers_own_correction(shape, axes):
+    """The angle is the one between what SparseOpt gets and what it hands on."""
+    rng = np.random.default_rng(1)
+    mask, gradient = rng.random(shape) < 0.4, rng.normal(size=shape)
+    neuron_axes = axes or (len(shape) - 1,)
+    skew = kso.gradient_skew(mask, gradient, axes)
+    raw, corrected = mask * gradient, correct_oracle(gradient, mask, neuron_axes)
+    cosine = (raw * corrected).sum() / np.linalg.norm(raw) / np.linalg.norm(corrected)
+    assert skew["angle"] == pytest.approx(np.degrees(np.arccos(cosine)), abs=1e-6)
+    density = mask.mean(axis=tuple(i for i in range(len(shape)) if i not in neuron_axes)).ravel()
+    alive = density > 0
+    np.testing.assert_allclose(skew["amplification"][alive], density[alive] ** -0.5)
+    assert np.isnan(skew["amplification"][~alive]).all()
+
+
+def test_gradient_skew_of_equal_fan_in_is_none():
+    mask = np.array([[True, False], [False, True], [True, True]])
+    skew = kso.gradient_skew(mask, np.ones((3, 2)))
+    assert skew["spread"] == 0 and skew["angle"] == pytest.approx(0, abs=1e-5)
+    assert kso.gradient_skew(mask, np.zeros((3, 2)))["angle"] == 0
+
+
+def test_amplification_is_what_batch_normalization_does():
+    """Theory against the real σ of a sparse layer's outputs, on random inputs."""
+    keras.utils.set_random_seed(0)
+    layer = kso.SparseDense(6, use_bias=False, kernel_initializer="he_normal")
+    layer.build((None, 4000))
+    rng = np.random.default_rng(0)
+    kso.set_mask(layer, rng.random((4000, 6)) < np.array([0.05, 0.1, 0.2, 0.4, 0.8, 1.0]))
+    outputs = array(layer(rng.normal(size=(500, 4000)).astype("float32")))
+    # Relative to the dense σ, which is √2 by He's initialization.
+    measured = np.sqrt(2) / outputs.std(axis=0)
+    theory = kso.gradient_skew(array(layer.kernel_mask))["amplification"]
+    np.testing.assert_allclose(measured, theory, rtol=0.15)
+
+
+def test_connectivity_by_hand():
+    layer = kso.SparseDense(3, name="d")
+    layer.build((None, 2))
+    model = keras.Sequential([keras.Input((2,)), layer])
+    kso.set_mask(layer, np.array([[True, False, True], [False, False, False]]))
+    (row,) = kso.connectivity(model)
+    assert row["name"] == "d" and row["sparsity"] == pytest.approx(4 / 6)
+    assert row["fan_in"].tolist() == [1, 0, 1] and row["fan_out"].tolist() == [2, 0]
+    assert (row["dead_neurons"], row["dead_inputs"]) == (1, 1)
+
+
+def test_mask_overlap():
+    a = [np.array([[True, True], [False, False]]), np.zeros(3, bool)]
+    b = [np.array([[True, False], [True, False]]), np.zeros(3, bool)]
+    overlap = kso.mask_overlap(a, b)
+    assert overlap == {"layers": [1 / 3, 1.0], "total": 1 / 3}
+    assert kso.mask_overlap(a, a)["total"] == 1.0
+    with pytest.raises(ValueError, match="same shapes"):
+        kso.mask_overlap(a, b[:1])
+
+
+@pytest.mark.parametrize("with_method", [True, False])
+def test_gradient_flow_callback(with_method):
+    """What it logs, from the gradients that the training step had; masks stay."""
+    model = compiled(mlp(), kso.SparseOpt(keras.optimizers.SGD(0.1)))
+    seen = []
+
+    class Gradients(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            optimizer = self.model.optimizer
+            seen.append(
+                [
+                    (array(optimizer.dense_gradient(k)), array(k.topology.mask))
+                    for k in optimizer.sparse_kernels
+                ]
+            )
+
+    flow = kso.GradientFlow(every=3, p=1)
+    method = [kso.RigL(3, 0.5, end_step=100)] if with_method else []
+    x, y = data()
+    history = model.fit(
+        x, y, batch_size=4, epochs=2, shuffle=False, verbose=0,
+        callbacks=[Gradients(), flow, *method],
+    ).history  # fmt: skip
+    assert [entry["step"] for entry in flow.history] == [3, 6, 9, 12, 15]
+    for entry in flow.history:
+        pairs = seen[entry["step"] - 1]
+        norms = [np.abs(g * m).sum() for g, m in pairs]
+        assert entry["effective_gradient_flow"] == pytest.approx(np.mean(norms), rel=1e-5)
+        whole = sum(np.abs(g).sum() for g, _ in pairs)
+        assert entry["gradient_flow"] == pytest.approx(whole, rel=1e-5)
+        angle = kso.gradient_skew(pairs[0][1], pairs[0][0])["angle"]  # the other is not corrected
+        assert entry["skew_angle"] == pytest.approx(angle, rel=1e-4)
+    assert history["skew_angle"][-1] == flow.history[-1]["skew_angle"]
+    assert ("itop_rate" in history) == with_method
+    changed = any(not np.array_equal(a[1], b[1]) for a, b in zip(seen[0], seen[-1]))
+    assert changed == with_method
+    assert all(kernel.tap is None for kernel in model.optimizer._kernels)

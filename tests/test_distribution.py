@@ -99,10 +99,10 @@ def test_two_processes_equal_one_and_resume_exactly(tmp_path):
         start("multiworker.py", "rigl", tmp_path / "again", *backup, *die, **env)
         for env, die in zip(workers(2), [(), ("--die", 2)])
     )
-    victim.communicate(timeout=240)
-    assert victim.returncode == -signal.SIGKILL
+    output, _ = victim.communicate(timeout=240)
     survivor.kill()
     survivor.communicate()
+    assert victim.returncode == -signal.SIGKILL, output
     (tmp_path / "backup").rename(tmp_path / "backup-0")
     mixed = [
         start("multiworker.py", "rigl", tmp_path / "mixed", *backup, "--private", **env)
