@@ -130,9 +130,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         reported, self._reported = self._reported, None
         if reported is not None and reported != epochs:
             raise ValueError(
-                "The newest whole backup is not of this model, so the data may begin at the wrong "
-                f"epoch: `initial_epoch` was {reported}, this model's backup has {epochs}. Move "
-                f"what is foreign out of {self.backup_dir}."
+                f"`initial_epoch` was {reported}, this model's backup has {epochs}, so the data "
+                "may begin at the wrong epoch. The newest file is of another model, or has been "
+                f"written since; look into {self.backup_dir}."
             )
         self._check_workers_agree(epochs)
         if backup is not None:

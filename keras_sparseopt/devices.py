@@ -273,10 +273,11 @@ def fit_distributed(
 ):
     """`fit` that also trains under `MultiWorkerMirroredStrategy` and `TPUStrategy`.
 
-    Under these two Keras 3's `fit` fails, so the loop is here; under everything else, this is
-    `model.fit`. Callbacks are called as `fit` does: RigL and its kin, `BackupAndRestore`,
-    `CSVLogger`, schedules. Metrics are those of `compile`, over the global batch; the logs of a
-    batch are empty, because reading a metric makes the workers wait for each other.
+    Keras 3's `fit` fails with several workers and has open faults on TPUs, so their loop is here;
+    under everything else, this is `model.fit`. Callbacks are called as `fit` does: RigL and its
+    kin, `BackupAndRestore`, `CSVLogger`, schedules. Metrics are those of `compile`, over the global
+    batch; the logs of a batch are empty, because reading a metric makes the workers wait for each
+    other.
 
     ```
     every step:   strategy.run(model.train_step, one batch per replica)
