@@ -218,3 +218,20 @@ def test_confidence_interval_by_hand():
     assert gain_map.confidence(np.array([1.0, 2.0, 3.0])) == pytest.approx(
         4.3027 / np.sqrt(3), abs=1e-3
     )
+
+
+def test_gradient_norms(tmp_path, capsys):
+    """Batch Normalization amplifies as the theory says; without one the gradient does not grow."""
+    import gradient_norms
+
+    content = gradient_norms.main(["--quick", "--output", str(tmp_path)])
+    for of_depth in content["ratios"].values():
+        for name, ((dense, half, sparse),) in of_depth.items():
+            assert dense == 1
+            if name == "none":
+                assert sparse < 1.1
+            else:
+                assert half == pytest.approx(0.5**-0.5, rel=0.2)
+                assert sparse == pytest.approx(0.1**-0.5, rel=0.5)
+    assert "1/√(1−s)" in capsys.readouterr().out
+    assert (tmp_path / "gradient_norms.png").read_bytes().startswith(b"\x89PNG")
