@@ -35,7 +35,7 @@ def start(program, *args, **environment):
 def finish(*processes):
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output[-5000:]
     finally:
         for process in processes:
@@ -99,7 +99,7 @@ def test_two_processes_equal_one_and_resume_exactly(tmp_path):
         start("multiworker.py", "rigl", tmp_path / "again", *backup, *die, **env)
         for env, die in zip(workers(2), [(), ("--die", 2)])
     )
-    output, _ = victim.communicate(timeout=240)
+    output, _ = victim.communicate(timeout=600)
     survivor.kill()
     survivor.communicate()
     assert victim.returncode == -signal.SIGKILL, output
@@ -109,7 +109,7 @@ def test_two_processes_equal_one_and_resume_exactly(tmp_path):
         for env in workers(2)
     ]
     for process in mixed:  # worker 1 would begin from the start
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 1 and "All workers must see the same" in output, output
     (tmp_path / "backup-0").rename(tmp_path / "backup")
     assert sorted(p.name for p in (tmp_path / "backup").iterdir())[-1] == "epoch-000002.npz"

@@ -31,7 +31,7 @@ def test_notebook(tmp_path, monkeypatch):
     if keras.backend.backend() == "jax":  # as on a TPU: several devices
         monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
     assert "masked layers" in text and "Epoch 2/2" in text and "test accuracy" in text
