@@ -314,13 +314,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                     index, kernel = kernels.pop(0)
                     mask = masks.host(kernel.topology.mask)
                     scores = self.grow_scores(index, kernel)
-                    arrays = (
-                        masks.host(kernel),
-                        mask,
-                        None if scores is None else masks.host(scores),
-                    )
-                    new = pool.submit(self.new_mask, kernel, *arrays, fraction)
-                    waiting.append((kernel, mask, new))
+                    scores = None if scores is None else masks.host(scores)
+                    arguments = kernel, masks.host(kernel), mask, scores, fraction
+                    waiting.append((kernel, mask, pool.submit(self.new_mask, *arguments)))
                     continue
                 kernel, old, ranking = waiting.popleft()
                 new = ranking.result()
@@ -328,7 +324,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 active += int(np.count_nonzero(new))
                 if not np.array_equal(new, old):
                     self.optimizer.rewire(kernel, new)
-        self.optimizer.mask_change.assign(changed / active)
+        self.optimizer.mask_change.assign(changed / max(active, 1))
         if self.check_replicas:
             assert_replicas_agree(self.optimizer)
 
