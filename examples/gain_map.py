@@ -14,6 +14,8 @@ are in it already are not repeated, so the command can be stopped and run again.
 import argparse
 import json
 import pathlib
+import re
+import sys
 
 import keras
 import numpy as np
@@ -167,7 +169,7 @@ def picture(record, rates, decays, epochs, path):
     figure, axes = plt.subplots(
         figsize=(1.9 * len(rates) + 2, 1.1 * len(decays) + 1.6), layout="constrained"
     )
-    limit = np.nanmax(np.abs(mean)) or 1
+    limit = 2 * np.nanmax(np.abs(mean)) or 1  # pale enough for the text
     image = axes.imshow(mean, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     for i, row in enumerate(cells):
         for j, (differences, base) in enumerate(row):
@@ -213,7 +215,8 @@ def main(argv=None):
     else:
         data = load(args.data_dir)
     path = args.output / "gain_map.json"
-    record = Record(path, "python examples/gain_map.py" + (" --quick" if args.quick else ""))
+    command = " ".join(["python examples/gain_map.py", *(argv or sys.argv[1:])])
+    record = Record(path, re.sub(r" --(data_dir|output) \S+", "", command))
     for seed in range(args.seeds):
         for decay in args.weight_decays:
             for rate in args.learning_rates:
@@ -226,6 +229,11 @@ def main(argv=None):
                         record.add(setting, train(data, setting))
                         print(setting, record.get(setting)["test_accuracy"][-1], flush=True)
     picture(record, args.learning_rates, args.weight_decays, args.epochs, path.with_suffix(".png"))
+    cells = [gains(record, rate, decay, args.epochs)[0] for rate in args.learning_rates
+             for decay in args.weight_decays]  # fmt: skip
+    pooled = np.concatenate(cells)
+    half = confidence(pooled)
+    print(f"all {len(pooled)} pairs together: {pooled.mean():+.2f} ± {half:.2f} points (95 %)")
     print(f"→ {path}, {path.with_suffix('.png')}")
     return record.content
 
