@@ -9,6 +9,12 @@ from keras_sparseopt.conversion import sparse_layers
 from keras_sparseopt.masks import fan_in_axes, host
 
 
+def check_p(p):
+    """The norms that gradient flow is defined with."""
+    if p not in (1, 2):
+        raise ValueError(f"`p` must be 1 or 2. Received: p={p!r}")
+
+
 def effective_gradient_flow(gradients, masks, p=2, normalize=False):
     """Effective gradient flow: the mean norm of the active weights' gradients, per layer.
 
@@ -44,8 +50,7 @@ def effective_gradient_flow(gradients, masks, p=2, normalize=False):
     References:
         Tessera, Hooker, Rosman, "Keep the Gradients Flowing", 2021, arXiv 2102.01670.
     """
-    if p not in (1, 2):
-        raise ValueError(f"`p` must be 1 or 2. Received: p={p!r}")
+    check_p(p)
     gradients, masks = list(gradients), list(masks)
     if len(gradients) != len(masks) or not gradients:
         raise ValueError(
@@ -143,8 +148,7 @@ def gradient_flow(gradients, p=2):
     References:
         Tessera, Hooker, Rosman, "Keep the Gradients Flowing", 2021, arXiv 2102.01670.
     """
-    if p not in (1, 2):
-        raise ValueError(f"`p` must be 1 or 2. Received: p={p!r}")
+    check_p(p)
     gradients = [ops.convert_to_numpy(g).astype("float64").ravel() for g in gradients]
     if not gradients:
         raise ValueError("`gradients` must not be empty. Received: gradients=[]")

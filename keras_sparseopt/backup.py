@@ -14,10 +14,10 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt.devices import (
+    build_optimizer,
     check_fit,
     of_all_workers,
     share_statistics,
-    strategy_scope,
     worker_index,
 )
 from keras_sparseopt.optimizers import SparseOpt
@@ -118,9 +118,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 "an input shape, or call a subclassed model on a batch once. "
                 f"Received: model '{model.name}'"
             )
-        if not model.optimizer.built:
-            with strategy_scope(model.optimizer):
-                model.optimizer.build(model.trainable_variables)
+        build_optimizer(model)
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_writable()
         self._history, self._history_restored = {}, False

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_sparseopt import masks
 from keras_sparseopt.conversion import sparse_layers
-from keras_sparseopt.devices import assert_replicas_agree, check_fit, strategy_scope
+from keras_sparseopt.devices import assert_replicas_agree, build_optimizer, check_fit
 from keras_sparseopt.optimizers import SparseOpt
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
 
@@ -149,9 +149,12 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 the method asked for gradients.
 
         Returns:
-            Float tensor of the kernel's shape; `None` for a method that grows nothing.
+            Float tensor of the kernel's shape; `None` for a method that grows nothing. Unless
+            overridden, the magnitude of the dense gradient, for a method that asked for it.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement `grow_scores`.")
+        if not self._gradient_steps:
+            raise NotImplementedError(f"{type(self).__name__} must implement `grow_scores`.")
+        return ops.abs(self.optimizer.dense_gradient(kernel))
 
     # ------------------------------------------------------------------ any training loop
 
@@ -273,8 +276,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         ]
 
     def _is_for(self, kernel):
-        name = kernel.topology.name
-        return self.layers is None or any(fnmatch.fnmatch(name, p) for p in self.layers)
+        return self.layers is None or is_named(kernel, self.layers)
 
     def _check_layers_exist(self, optimizer):
         names = [kernel.topology.name for kernel in optimizer.sparse_kernels]
@@ -394,9 +396,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
                 f" Received: model '{model.name}'"
             )
-        if not model.optimizer.built:
-            with strategy_scope(model.optimizer):
-                model.optimizer.build(model.trainable_variables)
+        build_optimizer(model)
         if self.begin(model.optimizer, total_steps=self._fit_steps(model) or 1):
             model.make_train_function(force=True)
 
@@ -466,6 +466,11 @@ class _Values:
         if not self.are_finite:
             self.are_finite = bool(np.isfinite(values).all())
         self.are_written = self.are_finite or not np.all(values == UNWRITTEN)
+
+
+def is_named(kernel, patterns):
+    """Whether the layer of a sparse kernel has one of these names or patterns."""
+    return any(fnmatch.fnmatch(kernel.topology.name, pattern) for pattern in patterns)
 
 
 def check_layers(argument, layers):

@@ -177,6 +177,13 @@ def strategy_scope(optimizer):
     return contextlib.nullcontext()
 
 
+def build_optimizer(model):
+    """Build the model's optimizer, in its scope, if it is not built yet."""
+    if not model.optimizer.built:
+        with strategy_scope(model.optimizer):
+            model.optimizer.build(model.trainable_variables)
+
+
 # ---------------------------------------------------------------------- what Keras cannot do
 
 
@@ -325,49 +332,29 @@ def fit_distributed(
     assert len(history.history["loss"]) == 2
     ```
     """
+    settings = {
+        "epochs": epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "initial_epoch": initial_epoch,
+        "validation_data": validation_data,
+        "callbacks": callbacks,
+        "verbose": verbose,
+    }
     strategy = getattr(model, "distribute_strategy", None)
     own_loop = keras.backend.backend() == "tensorflow" and _needs_own_loop(strategy)
-    if not own_loop:
-        check_fit(model, own_loop=False)
-        x, y, weights = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
-        return model.fit(
-            x,
-            y,
-            sample_weight=weights,
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
-            initial_epoch=initial_epoch,
-            validation_data=validation_data,
-            callbacks=callbacks,
-            shuffle=False,
-            verbose=verbose,
-        )
-    return _fit_in_own_loop(
-        model,
-        data,
-        epochs,
-        steps_per_epoch,
-        initial_epoch,
-        validation_data,
-        callbacks,
-        verbose,
-    )
+    check_fit(model, own_loop)
+    if own_loop:
+        return _fit_in_own_loop(model, data, **settings)
+    x, y, weights = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
+    return model.fit(x, y, sample_weight=weights, shuffle=False, **settings)
 
 
 def _fit_in_own_loop(
-    model,
-    data,
-    epochs,
-    steps_per_epoch,
-    initial_epoch,
-    validation_data,
-    callbacks,
-    verbose,
+    model, data, epochs, steps_per_epoch, initial_epoch, validation_data, callbacks, verbose
 ):
     import tensorflow as tf
 
     strategy = model.distribute_strategy
-    check_fit(model, own_loop=True)
     for argument, value in (("data", data), ("validation_data", validation_data)):
         if not (hasattr(value, "element_spec") or (argument, value) == ("validation_data", None)):
             raise ValueError(
@@ -379,14 +366,10 @@ def _fit_in_own_loop(
     restart = steps_per_epoch is None
     if restart:
         steps_per_epoch = _length(data)
+    build_optimizer(model)
     with strategy.scope():
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
         model._symbolic_build(data_batch=_batch_spec(data))
-        data, validation_data = (
-            _distributed(strategy, data),
-            _distributed(strategy, validation_data),
-        )
+    data, validation_data = (_distributed(strategy, part) for part in (data, validation_data))
     verbose = (1 if verbose == "auto" else verbose) if worker_index(model) == 0 else 0
     callback_list = keras.callbacks.CallbackList(
         callbacks, add_history=True, add_progbar=verbose != 0, model=model,

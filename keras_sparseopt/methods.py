@@ -1,6 +1,5 @@
 """The methods of dynamic sparse training, each a few lines on `DynamicSparseTraining`."""
 
-import fnmatch
 import math
 import zlib
 
@@ -15,6 +14,7 @@ from keras_sparseopt.callbacks import (
     check_fraction,
     check_int,
     check_layers,
+    is_named,
 )
 
 
@@ -107,7 +107,7 @@ class RigL(DynamicSparseTraining):
         self.gradient_steps = self._gradient_steps = int(gradient_steps)
 
     def grow_scores(self, index, kernel):
-        scores = ops.abs(self.optimizer.dense_gradient(kernel))
+        scores = super().grow_scores(index, kernel)
         topology = kernel.topology
         if self.growth_gradient == "corrected" and topology.skew_correction:
             mask = ops.convert_to_tensor(topology.mask)
@@ -247,9 +247,6 @@ class SNFS(DynamicSparseTraining):
         if momentum == 0:
             raise ValueError(f"`momentum` must be in (0, 1). Received: momentum={momentum!r}")
         self.momentum = self._gradient_momentum = float(momentum)
-
-    def grow_scores(self, index, kernel):
-        return ops.abs(self.optimizer.dense_gradient(kernel))
 
 
 class GMP(DynamicSparseTraining):
@@ -432,8 +429,7 @@ class GraNet(GMP):
             check_fraction(drop_fraction)
         self.drop_fraction = drop_fraction
 
-    def grow_scores(self, index, kernel):
-        return ops.abs(self.optimizer.dense_gradient(kernel))
+    grow_scores = DynamicSparseTraining.grow_scores
 
     def new_mask(self, kernel, weights, mask, scores, fraction):
         pruned = super().new_mask(kernel, weights, mask, scores, fraction)
@@ -520,12 +516,9 @@ class SRigL(DynamicSparseTraining):
         self.min_salient = float(min_salient)
         self.ablation_exclude = check_layers("ablation_exclude", ablation_exclude or None) or ()
 
-    def grow_scores(self, index, kernel):
-        return ops.abs(self.optimizer.dense_gradient(kernel))
-
     def new_mask(self, kernel, weights, mask, scores, fraction):
         topology = kernel.topology
-        excluded = any(fnmatch.fnmatch(topology.name, p) for p in self.ablation_exclude)
+        excluded = is_named(kernel, self.ablation_exclude)
         num_update = math.floor(fraction * np.count_nonzero(mask))
         return masks.constant_fan_in(
             weights, mask, scores, num_update, topology.budget, topology.neuron_axes,

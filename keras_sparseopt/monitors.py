@@ -54,8 +54,7 @@ class GradientFlow(DynamicSparseTraining):
 
     def __init__(self, every=100, p=2):
         super().__init__(update_every=every, drop_fraction=0.0, end_step=1)
-        if p not in (1, 2):
-            raise ValueError(f"`p` must be 1 or 2. Received: p={p!r}")
+        analysis.check_p(p)
         self.p = p
         self.history: list[dict] = []
 

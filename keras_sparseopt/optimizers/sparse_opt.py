@@ -386,7 +386,7 @@ class SparseOpt(WrapperOptimizer):
         window = steps * accumulation
         averaging = _Averaging(window, 1 if window == 1 else every * accumulation, momentum)
         state = self._kernels
-        if any(kernel.tap is not None for kernel in state):
+        if self._taps():
             if state.averaging != averaging:
                 raise ValueError(
                     "Dense gradients are kept already, but averaged in another way: methods that "
@@ -458,15 +458,15 @@ class SparseOpt(WrapperOptimizer):
     @property
     def transient_variables(self):
         """Mask copies and dense gradients, which Keras' files do not hold."""
-        return [kernel.mask_copy for kernel in self._kernels if kernel.mask_copy is not None] + [
-            kernel.tap for kernel in self._kernels if kernel.tap is not None
-        ]
+        copies = [kernel.mask_copy for kernel in self._kernels if kernel.mask_copy is not None]
+        return copies + self._taps()
 
     @property
     def carried_gradients(self):
         """Kept dense gradients that a resume would need: averages over several steps."""
-        if not self._kernels.averaging.carries:
-            return []
+        return self._taps() if self._kernels.averaging.carries else []
+
+    def _taps(self):
         return [kernel.tap for kernel in self._kernels if kernel.tap is not None]
 
     def get_config(self):
