@@ -3,9 +3,32 @@
 import keras
 from keras import layers
 
+NORMALIZATIONS = {
+    "batch": layers.BatchNormalization,
+    "layer": layers.LayerNormalization,
+    "group": lambda **options: layers.GroupNormalization(groups=8, **options),
+    "none": layers.Identity,
+}
+ACTIVATIONS = {
+    "relu": layers.ReLU,
+    "swish": lambda: layers.Activation("swish"),
+    "prelu": lambda: layers.PReLU(shared_axes=[1, 2]),
+}
 
-def resnet(input_shape, classes, widths, blocks, weight_decay=0.0, bn_momentum=0.99):
-    """CIFAR-style ResNet v1 with Batch Normalization.
+
+def resnet(
+    input_shape,
+    classes,
+    widths,
+    blocks,
+    weight_decay=0.0,
+    bn_momentum=0.99,
+    stem_stride=1,
+    normalization="batch",
+    activation="relu",
+    kernel_initializer="he_normal",
+):
+    """CIFAR-style ResNet v1.
 
     ResNet-20 on CIFAR is `resnet((32, 32, 3), 10, widths=(16, 32, 64), blocks=3)`.
 
@@ -14,41 +37,52 @@ def resnet(input_shape, classes, widths, blocks, weight_decay=0.0, bn_momentum=0
         classes: Int, number of outputs (logits).
         widths: Channels of each stage; every stage but the first halves the resolution.
         blocks: Residual blocks per stage, two 3×3 convolutions each.
-        weight_decay: Coupled weight decay as the published recipes have it. Keras' L2 adds
-            `l2 · Σw²`, with gradient `2 · l2 · w`, hence half of it.
+        weight_decay: Coupled weight decay of the kernels as the published recipes have it.
         bn_momentum: Momentum of the moving averages; Keras' 0.99 needs some hundred steps.
+        stem_stride: Int, 2 halves the resolution before the first stage.
+        normalization: A key of `NORMALIZATIONS`.
+        activation: A key of `ACTIVATIONS`.
+        kernel_initializer: Of the convolutions.
     """
-
-    def regularizer():
-        return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+    activate = ACTIVATIONS[activation]
 
     def convolution(x, filters, size, name, stride=1):
-        x = layers.Conv2D(
-            filters,
-            size,
-            stride,
-            padding="same",
-            use_bias=False,
-            kernel_initializer="he_normal",
-            kernel_regularizer=regularizer(),
-            name=name,
-        )(x)
-        return layers.BatchNormalization(momentum=bn_momentum, name=f"{name}_bn")(x)
+        x = _convolution(filters, size, name, stride, weight_decay, kernel_initializer)(x)
+        momentum = {"momentum": bn_momentum} if normalization == "batch" else {}
+        return NORMALIZATIONS[normalization](name=f"{name}_bn", **momentum)(x)
 
     inputs = keras.Input(input_shape)
-    x = layers.ReLU()(convolution(inputs, widths[0], 3, "stem"))
+    x = activate()(convolution(inputs, widths[0], 3, "stem", stem_stride))
     for stage, filters in enumerate(widths):
         for block in range(blocks):
             stride = 2 if stage > 0 and block == 0 else 1
             name = f"stage{stage + 1}_block{block + 1}"
-            y = layers.ReLU()(convolution(x, filters, 3, f"{name}_a", stride))
+            y = activate()(convolution(x, filters, 3, f"{name}_a", stride))
             y = convolution(y, filters, 3, f"{name}_b")
             if stride != 1 or x.shape[-1] != filters:
                 x = convolution(x, filters, 1, f"{name}_shortcut", stride)
-            x = layers.ReLU()(layers.Add()([x, y]))
+            x = activate()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
-    outputs = layers.Dense(classes, kernel_regularizer=regularizer(), name="classifier")(x)
+    outputs = layers.Dense(classes, kernel_regularizer=_l2(weight_decay), name="classifier")(x)
     return keras.Model(inputs, outputs, name="resnet")
+
+
+def _l2(weight_decay):
+    # Keras' L2 adds `l2 · Σw²`, with gradient `2 · l2 · w`, hence half of it.
+    return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+
+
+def _convolution(filters, size, name, stride, weight_decay, kernel_initializer="he_normal"):
+    return layers.Conv2D(
+        filters,
+        size,
+        stride,
+        padding="same",
+        use_bias=False,
+        kernel_initializer=kernel_initializer,
+        kernel_regularizer=_l2(weight_decay),
+        name=name,
+    )
 
 
 def resnet50(classes=1000, image_size=224, weight_decay=0.0):
@@ -63,20 +97,8 @@ def resnet50(classes=1000, image_size=224, weight_decay=0.0):
         weight_decay: Coupled weight decay on kernels, as in `resnet`.
     """
 
-    def regularizer():
-        return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
-
     def convolution(x, filters, size, name, stride=1, gamma="ones"):
-        x = layers.Conv2D(
-            filters,
-            size,
-            stride,
-            padding="same",
-            use_bias=False,
-            kernel_initializer="he_normal",
-            kernel_regularizer=regularizer(),
-            name=name,
-        )(x)
+        x = _convolution(filters, size, name, stride, weight_decay)(x)
         return layers.BatchNormalization(
             momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=f"{name}_bn"
         )(x)
@@ -98,7 +120,7 @@ def resnet50(classes=1000, image_size=224, weight_decay=0.0):
     outputs = layers.Dense(
         classes,
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-        kernel_regularizer=regularizer(),
+        kernel_regularizer=_l2(weight_decay),
         dtype="float32",  # the loss, also under bfloat16
         name="classifier",
     )(x)

@@ -15,6 +15,7 @@ from keras_sparseopt.analysis import (
     gradient_skew,
     itop_rate,
     mask_overlap,
+    measured_skew,
 )
 from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
@@ -44,6 +45,7 @@ from keras_sparseopt.masks import drop_and_grow
 from keras_sparseopt.methods import GMP, SET, SNFS, GraNet, RigL, SRigL, Static
 from keras_sparseopt.monitors import GradientFlow
 from keras_sparseopt.optimizers import HAM, SparseOpt
+from keras_sparseopt.reporting import report
 
 __version__ = "0.1.0"
 
@@ -79,6 +81,8 @@ __all__ = [
     "layer_costs",
     "mask_overlap",
     "masks_from_zeros",
+    "measured_skew",
+    "report",
     "resolve_strategy",
     "set_mask",
     "sparse_layers",

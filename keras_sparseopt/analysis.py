@@ -2,10 +2,12 @@
 
 import math
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_sparseopt.conversion import sparse_layers
+from keras_sparseopt.graph import Graph, functional_of
 from keras_sparseopt.masks import fan_in_axes, host
 
 
@@ -74,11 +76,11 @@ def effective_gradient_flow(gradients, masks, p=2, normalize=False):
     return float(np.mean(norms))
 
 
-def itop_rate(masks):
+def itop_rate(masks, dense_weights=0):
     """In-time over-parameterisation: the fraction of weights active in any of the masks.
 
     ```
-    R = |∪_t mask_t| / (all weights of the masked layers)
+    R = ( |∪_t mask_t| + dense_weights ) / ( all weights of the masked layers + dense_weights )
     ```
 
     While a model trains, `SparseOpt.itop_rate()` knows this without keeping the masks, and
@@ -86,12 +88,15 @@ def itop_rate(masks):
 
     Args:
         masks: List over time of lists over layers of bool arrays.
+        dense_weights: Int, weights outside of the masked layers, which are always active: for the
+            rate over all weights of a network. Defaults to 0: masked layers only.
 
     Returns:
         Float in [0, 1].
 
     Raises:
-        ValueError: If `masks` is empty or its shapes change over time.
+        ValueError: If `masks` is empty, its shapes change over time, or `dense_weights` is
+            negative.
 
     Example:
 
@@ -112,8 +117,11 @@ def itop_rate(masks):
     shapes = [[mask.shape for mask in layers] for layers in times]
     if any(other != shapes[0] for other in shapes):
         raise ValueError(f"`masks` must have the same shapes at every time. Received: {shapes}")
+    if dense_weights < 0:
+        raise ValueError(f"`dense_weights` must be ≥ 0. Received: dense_weights={dense_weights!r}")
     ever = [np.logical_or.reduce(layer) for layer in zip(*times)]
-    return float(sum(m.sum() for m in ever) / sum(m.size for m in ever))
+    explored, size = sum(m.sum() for m in ever), sum(m.size for m in ever)
+    return float((explored + dense_weights) / (size + dense_weights))
 
 
 def gradient_flow(gradients, p=2):
@@ -223,6 +231,82 @@ def _angle(a, b):
     return math.degrees(math.acos(min(1.0, float((a * b).sum() / norms))))
 
 
+def measured_skew(model):
+    """The amplification that Batch Normalization really has, against the theory.
+
+    ```
+    σ_i        = √(moving variance of neuron i + ε)
+    measured_i = √(mean σ²) / σ_i
+    theory_i   = √(mean (1 − s)) / √(1 − s_i)
+    ```
+
+    For every sparse layer whose output goes straight into a Batch Normalization. Theory takes a
+    neuron's weights to be of equal variance, and its inputs independent: true at initialization by
+    the dense fan-in, less and less so as neurons grow at different speeds. The moving variances lag
+    behind the weights by some steps.
+
+    Args:
+        model: Functional or Sequential model with sparse layers, whose moving variances have been
+            trained.
+
+    Returns:
+        List of dicts: `name`, `measured` and `theory` (NumPy arrays, one entry per neuron, NaN for
+        one without active weights), `correlation` of their logarithms (NaN without spread).
+
+    Raises:
+        TypeError: If the model is subclassed, so that it has no graph to read.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([
+        keras.Input((100,)),
+        kso.SparseDense(32, sparsity=0.9, use_bias=False),
+        keras.layers.BatchNormalization(momentum=0.0),
+    ])
+    model(np.random.normal(size=(256, 100)), training=True)
+    (layer,) = kso.measured_skew(model)
+    assert layer["measured"].shape == (32,) and layer["correlation"] > 0.5
+    ```
+
+    References:
+        Adnan et al., "SparseOpt", ICML 2026, arXiv 2605.27541.
+    """
+    if functional_of(model) is None:
+        raise TypeError(
+            f"`model` must be Functional or Sequential. Received: {type(model).__name__}"
+        )
+    graph, rows = Graph(model), []
+    for layer in sparse_layers(model):
+        normalization = graph.batch_normalization_of(layer)
+        if normalization is None:
+            continue
+        density = (1 - layer.neuron_sparsity).ravel()
+        variance = host(normalization.moving_variance) + normalization.epsilon
+        alive = (density > 0) & (variance > 0)
+        sides = []
+        for square in (variance, density):
+            amplification = np.full(square.shape, np.nan)
+            amplification[alive] = np.sqrt(square[alive].mean() / square[alive])
+            sides.append(amplification)
+        logs = [np.log(side[alive]) for side in sides]
+        spread = min((log.std() for log in logs if log.size), default=0.0)
+        correlation = float(np.corrcoef(*logs)[0, 1]) if spread > 1e-6 else math.nan
+        rows.append(
+            {
+                "name": layer.name,
+                "measured": sides[0],
+                "theory": sides[1],
+                "correlation": correlation,
+            }
+        )
+    return rows
+
+
 def connectivity(model):
     """Fan-in, fan-out and dead neurons of every sparse layer.
 
@@ -247,16 +331,11 @@ def connectivity(model):
     """
     rows = []
     for layer in sparse_layers(model):
-        mask = ops.convert_to_numpy(layer.kernel_mask)
-        neuron_axes = layer.kernel.topology.neuron_axes
-        into = mask.sum(axis=fan_in_axes(mask.ndim, neuron_axes))
-        # The input channel is the last axis of the fan-in.
-        channel = max(fan_in_axes(mask.ndim, neuron_axes))
-        out = mask.sum(axis=tuple(axis for axis in range(mask.ndim) if axis != channel))
+        into, out = fan_in_and_out(layer.kernel_mask, layer.kernel.topology.neuron_axes)
         rows.append(
             {
                 "name": layer.name,
-                "sparsity": 1.0 - float(mask.mean()),
+                "sparsity": layer.sparsity,
                 "fan_in": into,
                 "fan_out": out,
                 "dead_neurons": int((into == 0).sum()),
@@ -264,6 +343,14 @@ def connectivity(model):
             }
         )
     return rows
+
+
+def fan_in_and_out(mask, neuron_axes):
+    """Active weights that enter every neuron, and that leave every input channel."""
+    mask = host(mask)
+    axes = fan_in_axes(mask.ndim, neuron_axes)
+    channel = max(axes)  # the input channel is the last axis of the fan-in
+    return mask.sum(axis=axes), mask.sum(axis=tuple(a for a in range(mask.ndim) if a != channel))
 
 
 def mask_overlap(masks, others):
@@ -274,8 +361,9 @@ def mask_overlap(masks, others):
     ```
 
     Args:
-        masks: List of bool arrays, one per layer; such as of a checkpoint.
-        others: List of bool arrays of the same shapes.
+        masks: List of bool arrays, one per layer; or a model with sparse layers, such as one loaded
+            from a checkpoint.
+        others: List of bool arrays of the same shapes, or a model.
 
     Returns:
         Dict with `layers` (list of floats) and `total` (float, all weights taken together). Two
@@ -294,7 +382,7 @@ def mask_overlap(masks, others):
     assert kso.mask_overlap([a], [b])["total"] == 1 / 3
     ```
     """
-    masks, others = ([host(m) for m in side] for side in (masks, others))
+    masks, others = ([host(m) for m in _masks_of(side)] for side in (masks, others))
     if not masks or [m.shape for m in masks] != [m.shape for m in others]:
         raise ValueError(
             "`masks` and `others` must be non-empty lists of arrays of the same shapes. Received: "
@@ -306,3 +394,9 @@ def mask_overlap(masks, others):
         "layers": [c / e if e else 1.0 for c, e in zip(common, either)],
         "total": sum(common) / sum(either) if sum(either) else 1.0,
     }
+
+
+def _masks_of(side):
+    if isinstance(side, keras.Model):
+        return [layer.kernel_mask for layer in sparse_layers(side)]
+    return side

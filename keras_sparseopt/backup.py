@@ -20,7 +20,7 @@ from keras_sparseopt.devices import (
     share_statistics,
     worker_index,
 )
-from keras_sparseopt.optimizers import SparseOpt
+from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 
 _NAME = re.compile(r"epoch-\d{6}\.npz")
 _CHECKSUM_SIZE = hashlib.sha256().digest_size
@@ -167,7 +167,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         """All that a training consists of, in an order that is the same in every process."""
         model = self.model
         optimizer = model.optimizer
-        sparse_opt = _sparse_opt(optimizer)
+        sparse_opt = sparse_opt_of(optimizer)
         if sparse_opt is None:
             return [*model.variables, *optimizer.variables]
         transient = {id(v) for v in sparse_opt.transient_variables}
@@ -177,7 +177,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore(self, backup):
         for variable, value in zip(self._variables(), backup["state"]):
             variable.assign(value)
-        sparse_opt = _sparse_opt(self.model.optimizer)
+        sparse_opt = sparse_opt_of(self.model.optimizer)
         if sparse_opt is not None:
             sparse_opt.sync()
         self._history = {int(epoch): logs for epoch, logs in backup["history"].items()}
@@ -280,12 +280,6 @@ class BackupAndRestore(keras.callbacks.Callback):
         for own, other in zip(mine, found):
             if own != other:
                 raise ValueError(f"it is of another model: it has {other}, this one {own}")
-
-
-def _sparse_opt(optimizer):
-    while optimizer is not None and not isinstance(optimizer, SparseOpt):
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return optimizer
 
 
 def _numbers(logs):

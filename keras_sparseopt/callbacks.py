@@ -15,23 +15,19 @@ from keras import ops
 from keras_sparseopt import masks
 from keras_sparseopt.conversion import sparse_layers
 from keras_sparseopt.devices import assert_replicas_agree, build_optimizer, check_fit
-from keras_sparseopt.optimizers import SparseOpt
-from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
+from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
 
 
-def _find_sparse_opt(optimizer):
-    """The `SparseOpt` in a compiled optimizer, under loss scaling too."""
-    found = optimizer
-    if isinstance(found, keras.optimizers.LossScaleOptimizer):
-        found = found.inner_optimizer
-    if isinstance(found, SparseOpt):
-        return found
-    raise ValueError(
-        "The optimizer must be a SparseOpt: it moves masks, weights and slots together. "
-        "Compile with optimizer=keras_sparseopt.SparseOpt(optimizer); for masking without "
-        "the correction SparseOpt(optimizer, skew_correction=False). "
-        f"Received: optimizer={type(optimizer).__name__}"
-    )
+def _required_sparse_opt(optimizer):
+    found = sparse_opt_of(optimizer)
+    if found is None:
+        raise ValueError(
+            "The optimizer must be a SparseOpt: it moves masks, weights and slots together. "
+            "Compile with optimizer=keras_sparseopt.SparseOpt(optimizer); for masking without "
+            "the correction SparseOpt(optimizer, skew_correction=False). "
+            f"Received: optimizer={type(optimizer).__name__}"
+        )
+    return found
 
 
 class DynamicSparseTraining(keras.callbacks.Callback):
@@ -170,7 +166,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             Bool, whether the train step must be compiled again: the optimizer has begun to
             keep dense gradients.
         """
-        optimizer = _find_sparse_opt(optimizer)
+        optimizer = _required_sparse_opt(optimizer)
         if self.end_step is None and total_steps is None:
             raise ValueError(
                 "`total_steps` must be given when the callback has no `end_step`. "
@@ -369,7 +365,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         model = self.model
         self.optimizer = None
-        _find_sparse_opt(model.optimizer)
+        _required_sparse_opt(model.optimizer)
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_interval(model.steps_per_execution)
         if self.end_step is None and self.params.get("steps") is None:
@@ -404,7 +400,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         """Optimizer steps from epoch 0 to the end of this fit, `None` if unknown."""
         if self.params.get("steps") is None:
             return None
-        base = _find_sparse_opt(model.optimizer).base_optimizer()
+        base = _required_sparse_opt(model.optimizer).base_optimizer()
         accumulation = base.gradient_accumulation_steps or 1
         return self.params["epochs"] * self.params["steps"] / accumulation
 

@@ -89,6 +89,15 @@ class Graph:
                     queue.extend(outputs)
         return None
 
+    def batch_normalization_of(self, layer):
+        """The Batch Normalization that takes the layer's output as it is, or `None`."""
+        for tensor in self.outputs(layer):
+            for same in (tensor, *self._same.get(id(tensor), [])):
+                for operation, _ in self._consumers.get(id(same), []):
+                    if isinstance(operation, keras.layers.BatchNormalization):
+                        return operation
+        return None
+
     def positions(self, layer, neuron_axes_of_output=1):
         """Output positions per example: how often each kernel weight is used.
 

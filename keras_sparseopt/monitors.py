@@ -1,35 +1,53 @@
 """Callbacks that measure while a model trains."""
 
+import json
+import pathlib
+
+import numpy as np
+
 from keras_sparseopt import analysis, masks
 from keras_sparseopt.callbacks import DynamicSparseTraining
+from keras_sparseopt.devices import worker_index
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
+
+LOG_FILE = "gradient_flow.jsonl"
 
 
 class GradientFlow(DynamicSparseTraining):
     """Logs gradient flow and gradient skew of the sparse layers, without a second backward pass.
 
     ```
-    every `every` optimizer steps, from the dense gradients of that training step:
+    every `every` optimizer steps, from the dense gradients g of that training step:
         effective_gradient_flow = (1/L) · Σ_l ‖ g_l ⊙ mask_l ‖_p
         gradient_flow           = ‖ (g_1, …, g_L) ‖_p
         skew_angle              = mean angle, in degrees, between g ⊙ mask and its correction
                                   by √(1 − s_i), over the layers that may be corrected
+        skew_jump               = mean | angle with the masks of now − angle with the masks of the
+                                  last measurement |, of the same g: what mask updates did to it
     ```
 
     Put it before the method (`RigL`, …) in the list of callbacks to measure the masks that the step
-    was taken with; after it to see what an update has changed. It never changes a mask. Keeping the
-    gradients costs what RigL costs: one copy of the kernels, which both share.
+    was taken with; after it, with `every` = `update_every`, to see what an update has changed. It
+    never changes a mask. Keeping the gradients costs what RigL costs: one copy of the kernels,
+    which both share.
 
     Args:
         every: Int, optimizer steps between measurements, defaults to 100.
         p: 1 or 2 (default), the norm.
+        log_dir: Folder to write to while training, or `None` (default): `gradient_flow.jsonl`, a
+            line per measurement, which `report` reads and a resumed training continues; and
+            events for TensorBoard with all measures as scalars, by layer too, and histograms of
+            fan-in, fan-out and amplification. Needs TensorFlow, on every backend.
 
     Attributes:
-        history: List of dicts with `step`, the three measures above, and `layers`: dicts with
-            `name`, `effective_gradient_flow`, `angle`, `spread` (of the amplification) and
-            `corrected` (whether SparseOpt may correct the layer).
+        history: List of dicts with `step`, the four measures above, and `layers`: dicts with
+            `name`, `effective_gradient_flow`, `angle`, `angle_jump`, `spread` (standard deviation
+            over mean of the amplification), `spread_jump`, `churn` (the share of connections that
+            are not common to the masks of now and of the last measurement) and `corrected`
+            (whether SparseOpt may correct the layer). The first measurement has no jumps: `None`.
 
     Raises:
+        ImportError: For a `log_dir` without TensorFlow.
         ValueError: For a wrong argument; at the start of training as `DynamicSparseTraining`.
 
     Example:
@@ -52,15 +70,20 @@ class GradientFlow(DynamicSparseTraining):
 
     _gradient_steps = 1
 
-    def __init__(self, every=100, p=2):
+    def __init__(self, every=100, p=2, log_dir=None):
         super().__init__(update_every=every, drop_fraction=0.0, end_step=1)
         analysis.check_p(p)
         self.p = p
+        self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.history: list[dict] = []
+        self._sink: _Sink | None = None
+        self._last_masks: dict[str, np.ndarray] = {}
+        if log_dir is not None:
+            _tensorflow()
 
-    def on_train_begin(self, logs=None):
-        self.history, self._logs = [], {}
-        super().on_train_begin(logs)
+    def begin(self, optimizer, total_steps=None):
+        self.history, self._logs, self._last_masks, self._sink = [], {}, {}, None
+        return super().begin(optimizer, total_steps)
 
     def _look_again(self):
         logs, self._logs = self._logs, {}
@@ -77,26 +100,113 @@ class GradientFlow(DynamicSparseTraining):
             if (gradient == UNWRITTEN).all():  # no loss depends on this layer
                 continue
             mask = masks.host(kernel.topology.mask)
-            skew = analysis.gradient_skew(mask, gradient, kernel.topology.neuron_axes)
             gradients.append(gradient)
             topologies.append(mask)
-            layers.append(
-                {
-                    "name": kernel.topology.name,
-                    "effective_gradient_flow": analysis.effective_gradient_flow(
-                        [gradient], [mask], self.p
-                    ),
-                    "angle": skew["angle"],
-                    "spread": skew["spread"],
-                    "corrected": kernel.topology.skew_correction,
-                }
-            )
-        angles = [layer["angle"] for layer in layers if layer["corrected"]]
+            layers.append(self._measure(kernel.topology, gradient, mask))
+        corrected = [layer for layer in layers if layer["corrected"]]
+        jumps = [abs(layer["angle_jump"] or 0.0) for layer in corrected]
         self._logs = {
             "effective_gradient_flow": analysis.effective_gradient_flow(
                 gradients, topologies, self.p
             ),
             "gradient_flow": analysis.gradient_flow(gradients, self.p),
-            "skew_angle": sum(angles) / len(angles) if angles else 0.0,
+            "skew_angle": _mean([layer["angle"] for layer in corrected]),
+            "skew_jump": _mean(jumps),
         }
+        if self.log_dir is not None and self._sink is None and self._is_first_worker():
+            self._sink = _Sink(self.log_dir)
+            self.history = self._sink.continued_before(self._step)
         self.history.append({"step": self._step, **self._logs, "layers": layers})
+        if self._sink is not None:
+            self._sink.write(self.history[-1], self.optimizer.sparse_kernels)
+
+    def _measure(self, topology, gradient, mask):
+        skew = analysis.gradient_skew(mask, gradient, topology.neuron_axes)
+        layer = {
+            "name": topology.name,
+            "effective_gradient_flow": analysis.effective_gradient_flow([gradient], [mask], self.p),
+            "angle": skew["angle"],
+            "spread": skew["spread"],
+            "angle_jump": None,
+            "spread_jump": None,
+            "churn": None,
+            "corrected": topology.skew_correction,
+        }
+        last = self._last_masks.get(topology.name)
+        if last is not None:
+            before = analysis.gradient_skew(last, gradient, topology.neuron_axes)
+            layer["angle_jump"] = skew["angle"] - before["angle"]
+            layer["spread_jump"] = skew["spread"] - before["spread"]
+            layer["churn"] = 1.0 - analysis.mask_overlap([last], [mask])["total"]
+        self._last_masks[topology.name] = mask.copy()
+        return layer
+
+    def _is_first_worker(self):
+        return self._model is None or worker_index(self._model) == 0
+
+
+def _mean(values):
+    return float(np.mean(values)) if values else 0.0
+
+
+def _tensorflow():
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise ImportError(
+            "`log_dir` writes events for TensorBoard and needs TensorFlow: pip install tensorflow. "
+            "Without it use log_dir=None."
+        ) from error
+    return tensorflow
+
+
+class _Sink:
+    """The folder that measurements go to."""
+
+    def __init__(self, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / LOG_FILE
+        self.events = _tensorflow().summary.create_file_writer(str(directory))
+
+    def continued_before(self, step):
+        """What a training that is resumed had measured before this step; the rest is forgotten."""
+        entries = [entry for entry in read_log(self.path) if entry["step"] < step]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return entries
+
+    def write(self, entry, kernels):
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        summary, step = _tensorflow().summary, entry["step"]
+        with self.events.as_default(step):
+            for name, value in entry.items():
+                if name not in ("step", "layers"):
+                    summary.scalar(name, value)
+            for layer in entry["layers"]:
+                for name, value in layer.items():
+                    if name not in ("name", "corrected") and value is not None:
+                        summary.scalar(f"{name}/{layer['name']}", value)
+            for kernel in kernels:
+                topology = kernel.topology
+                into, out = analysis.fan_in_and_out(topology.mask, topology.neuron_axes)
+                skew = analysis.gradient_skew(topology.mask, neuron_axes=topology.neuron_axes)
+                amplification = skew["amplification"]
+                summary.scalar(f"sparsity/{topology.name}", 1 - masks.host(topology.mask).mean())
+                summary.histogram(f"fan_in/{topology.name}", into)
+                summary.histogram(f"fan_out/{topology.name}", out)
+                alive = amplification[~np.isnan(amplification)]
+                summary.histogram(f"amplification/{topology.name}", alive)
+        self.events.flush()
+
+
+def read_log(path):
+    """The measurements in a `gradient_flow.jsonl`: list of dicts, without a half-written line."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # the process was killed while it wrote
+            break
+    return entries

@@ -160,6 +160,56 @@ def test_mask_overlap():
         kso.mask_overlap(a, b[:1])
 
 
+def test_mask_overlap_of_models():
+    a, b = mlp(seed=1), mlp(seed=5)
+    masks = [[array(layer.kernel_mask) for layer in kso.sparse_layers(m)] for m in (a, b)]
+    assert kso.mask_overlap(a, b) == kso.mask_overlap(*masks) == kso.mask_overlap(a, masks[1])
+    assert kso.mask_overlap(a, a)["total"] == 1.0 > kso.mask_overlap(a, b)["total"] > 0
+
+
+def test_itop_rate_over_all_weights():
+    """Biases, normalization and dense layers count as explored."""
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+    model.optimizer.build(model.trainable_variables)
+    masks = [array(layer.kernel_mask) for layer in kso.sparse_layers(model)]
+    active, size, rest = sum(m.sum() for m in masks), sum(m.size for m in masks), 2 * 16 + 3
+    assert model.optimizer.itop_rate() == pytest.approx(active / size)
+    expected = (active + rest) / (size + rest)
+    assert model.optimizer.itop_rate(all_weights=True) == pytest.approx(expected)
+    assert kso.itop_rate([masks], dense_weights=rest) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="`dense_weights` must be ≥ 0. Received: .*-1"):
+        kso.itop_rate([masks], dense_weights=-1)
+
+
+def test_measured_skew_by_hand():
+    """Against a Batch Normalization whose variances are set; a nested model, a dead neuron."""
+    layer = kso.SparseDense(4, use_bias=False, name="d")
+    inner = keras.Sequential([keras.Input((8,)), layer])
+    model = keras.Sequential(
+        [inner, keras.layers.BatchNormalization(epsilon=0.5), kso.SparseDense(2, sparsity=0.5)]
+    )
+    mask = np.zeros((8, 4), bool)
+    for neuron, fan_in in enumerate([1, 4, 0, 4]):
+        mask[:fan_in, neuron] = True
+    kso.set_mask(layer, mask)
+    model.layers[1].moving_variance.assign([3.5, 15.5, 7.0, 1.5])
+    (row,) = kso.measured_skew(model)
+    assert row["name"] == "d"
+    np.testing.assert_allclose(row["theory"], [3**0.5, (3 / 4) ** 0.5, np.nan, (3 / 4) ** 0.5])
+    sigma2 = np.array([4, 16, np.nan, 2])
+    np.testing.assert_allclose(row["measured"], np.sqrt(22 / 3 / sigma2))
+    logs = np.log([row["measured"][[0, 1, 3]], row["theory"][[0, 1, 3]]])
+    assert row["correlation"] == pytest.approx(np.corrcoef(*logs)[0, 1])
+
+
+def test_measured_skew_of_equal_neurons_has_no_correlation():
+    model = keras.Sequential(
+        [keras.Input((8,)), kso.SparseDense(4), keras.layers.BatchNormalization()]
+    )
+    (row,) = kso.measured_skew(model)
+    assert np.isnan(row["correlation"]) and np.allclose(row["theory"], 1)
+
+
 @pytest.mark.parametrize("with_method", [True, False])
 def test_gradient_flow_callback(with_method):
     """What it logs, from the gradients that the training step had; masks stay."""

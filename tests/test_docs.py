@@ -18,7 +18,8 @@ def examples(text):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_docstring_example_runs(name, capsys):
+def test_docstring_example_runs(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (code,) = examples(PUBLIC[name].__doc__)
     exec(compile(code, f"<example of {name}>", "exec"), {"__name__": "example"})
 

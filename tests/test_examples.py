@@ -190,36 +190,6 @@ def test_resnet50_costs_match_the_published_ones(tmp_path, capsys):
     assert "0.42 ×" in capsys.readouterr().out
 
 
-@pytest.mark.backend("tensorflow")
-def test_gain_map(tmp_path):
-    """Paired differences, and nothing is trained twice."""
-    import gain_map
-
-    content = gain_map.main(["--quick", "--output", str(tmp_path)])
-    assert len(content["runs"]) == 4
-    again = gain_map.main(["--quick", "--output", str(tmp_path)])
-    assert again["runs"] == content["runs"]
-    record = gain_map.Record(tmp_path / "gain_map.json", "")
-    differences, base = gain_map.gains(record, 0.1, 0.0, 1)
-    final = {
-        (r["setting"]["seed"], r["setting"]["corrected"]): 100 * r["result"]["test_accuracy"][-1]
-        for r in content["runs"]
-    }
-    expected = [final[seed, True] - final[seed, False] for seed in (0, 1)]
-    np.testing.assert_allclose(differences, expected)
-    assert base == pytest.approx((final[0, False] + final[1, False]) / 2)
-    assert (tmp_path / "gain_map.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_confidence_interval_by_hand():
-    import gain_map
-
-    # t(0.975, 2) = 4.3027, standard deviation 1, three values
-    assert gain_map.confidence(np.array([1.0, 2.0, 3.0])) == pytest.approx(
-        4.3027 / np.sqrt(3), abs=1e-3
-    )
-
-
 def test_gradient_norms(tmp_path, capsys):
     """Batch Normalization amplifies as the theory says; without one the gradient does not grow."""
     import gradient_norms

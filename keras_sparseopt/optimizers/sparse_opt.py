@@ -17,6 +17,13 @@ from keras_sparseopt.optimizers.wrapper import WrapperOptimizer, init_scope
 UNWRITTEN = -math.inf
 
 
+def sparse_opt_of(optimizer):
+    """The `SparseOpt` in a compiled optimizer, under loss scaling too; `None` without one."""
+    while optimizer is not None and not isinstance(optimizer, SparseOpt):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer
+
+
 class _Kernel:
     """One sparse kernel as its optimizer sees it."""
 
@@ -275,12 +282,24 @@ class SparseOpt(WrapperOptimizer):
         mask = kernel.mask
         if not (self.skew_correction and kernel.topology.skew_correction):
             return masks.masked(grad, mask)
-        scale = masks.correction(mask, kernel.topology.neuron_axes)
+        scale = self.correction(mask, kernel.topology.neuron_axes)
         if self.renormalize:
             active = _summed_over_replicas(ops.cast(masks.masked(grad, mask), "float32"))
             before, after = (ops.sum(ops.square(g)) for g in (active, active * scale))
             scale = scale * ops.sqrt(before / ops.where(after > 0, after, 1.0))
         return masks.masked(grad * ops.cast(scale, grad.dtype), mask)
+
+    def correction(self, mask, neuron_axes):
+        """The factor of every neuron's gradient: what a variant of the method overrides.
+
+        Args:
+            mask: Bool tensor of the kernel's shape.
+            neuron_axes: Tuple of ints, the kernel axes that index neurons.
+
+        Returns:
+            Float32 tensor that broadcasts over the kernel.
+        """
+        return masks.correction(mask, neuron_axes)
 
     def _moves_inactive_weights(self, kernel):
         # Muon orthogonalises the whole matrix; a constraint may return anything.
@@ -336,7 +355,7 @@ class SparseOpt(WrapperOptimizer):
     def _has_not_stepped(self):
         return int(ops.convert_to_numpy(self.base_optimizer()._iterations)) == 0
 
-    def itop_rate(self):
+    def itop_rate(self, all_weights=False):
         """In-time over-parameterisation: the fraction of sparse weights ever active.
 
         ```
@@ -344,6 +363,10 @@ class SparseOpt(WrapperOptimizer):
         ```
 
         Saved with the optimizer, so it survives a resume.
+
+        Args:
+            all_weights: Bool, defaults to `False`. `True` counts what has no mask as well, such as
+                biases, normalizations and dense layers: always active.
 
         References:
             Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021.
@@ -353,6 +376,9 @@ class SparseOpt(WrapperOptimizer):
             for kernel in self._kernels
         )
         total = sum(math.prod(kernel.variable.shape) for kernel in self._kernels)
+        if all_weights:
+            dense = sum(math.prod(v.shape) for v in self._trainable_variables) - total
+            explored, total = explored + dense, total + dense
         return explored / total
 
     # ------------------------------------------------------------------ dense gradients

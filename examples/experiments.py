@@ -1,0 +1,383 @@
+"""When does SparseOpt's correction help? Named experiments on a small task, with seeds.
+
+    python examples/experiments.py --list
+    python examples/experiments.py convergence --data_dir /data/tfds --seeds 3 --jobs 2
+    python examples/experiments.py all --quick          # made-up data, a minute: does it run?
+
+An experiment is a set of paired comparisons: two settings (see `proxy.DEFAULTS`) that differ in one
+thing, trained from the same weights and masks on the same batches, for several seeds. Reported are
+the mean differences of the test accuracy, at the end and on average over the training (which is
+higher for whoever learns faster), with their 95 % confidence intervals.
+
+All trainings go into one file, `<output>/experiments.json`, and none is repeated: experiments share
+them, and the command goes on where it was stopped. A training takes about half a minute on a core.
+"""
+
+import argparse
+import itertools
+import pathlib
+import re
+import sys
+
+import numpy as np
+from proxy import Record, confidence, train_all
+
+PAPER = 0.5  # the exponent of SparseOpt's correction
+MASKED = {"exponent": 0.0}
+CORRECTED = {"exponent": PAPER}
+
+
+def corrected_and_not(**setting):
+    """The comparison that most experiments make."""
+    return {**setting, **MASKED}, {**setting, **CORRECTED}
+
+
+def convergence():
+    """Figs. 3, 4, 11–16: is the corrected training faster, and better at the end?"""
+    return {
+        f"{method} {sparsity:.0%}": corrected_and_not(method=method.lower(), sparsity=sparsity)
+        for method, sparsity in itertools.product(
+            ("RigL", "SET"), (0.90, 0.95, 0.97, 0.98, 0.99)
+        )
+    }  # fmt: skip
+
+
+def learning_rate_and_decay():
+    """Does the gain depend on the learning rate and the weight decay?"""
+    return {
+        (f"{decay:g}", f"{rate:g}"): corrected_and_not(learning_rate=rate, weight_decay=decay)
+        for decay, rate in itertools.product((0.0, 5e-4, 2e-3), (0.03, 0.1, 0.3))
+    }
+
+
+def sparsity_and_budget():
+    """Does the gain depend on the sparsity and the length of the training?"""
+    return {
+        (f"{sparsity:.0%}", f"{epochs}"): corrected_and_not(sparsity=sparsity, epochs=epochs)
+        for sparsity, epochs in itertools.product((0.90, 0.95, 0.98), (1, 3, 6))
+    }
+
+
+def conditions():
+    """One thing at a time: where does the correction help?"""
+    return {
+        "as in DEFAULTS": corrected_and_not(),
+        "SGD without momentum, lr 0.5": corrected_and_not(optimizer="sgd", learning_rate=0.5),
+        "Adam, lr 0.003": corrected_and_not(
+            optimizer="adam", learning_rate=0.003, weight_decay=0.0
+        ),
+        "LayerNorm": corrected_and_not(normalization="layer"),
+        "GroupNorm": corrected_and_not(normalization="group"),
+        "no normalization, lr 0.01": corrected_and_not(normalization="none", learning_rate=0.01),
+        "He by actual fan-in": corrected_and_not(sparse_initialization=True),
+        "warm-up, 10 % of the steps": corrected_and_not(warmup=0.1),
+        "masks updated every 25 steps": corrected_and_not(update_every=25),
+        "masks updated every 400 steps": corrected_and_not(update_every=400),
+        "static masks": corrected_and_not(method="static"),
+    }
+
+
+def variants():
+    """Beyond the paper: other exponents, decay inside, other norms of neurons. Against masking."""
+    pairs = {}
+    for sparsity in (0.95, 0.98):
+        base = {"sparsity": sparsity}
+        for label, changed in {
+            "p = ½ (the paper)": {"exponent": 0.5},
+            "p = 1": {"exponent": 1.0},
+            "p = ½, decay inside": {"exponent": 0.5, "decay": "inside"},
+            "p = 1, decay inside": {"exponent": 1.0, "decay": "inside"},
+            "He by actual fan-in": {"sparse_initialization": True},
+            "He by actual fan-in, p = ½": {"sparse_initialization": True, "exponent": 0.5},
+            "rescaled at updates": {"rescale": True},
+            "rescaled at updates, p = ½": {"rescale": True, "exponent": 0.5},
+        }.items():
+            pairs[f"{label}, {sparsity:.0%}"] = base, {**base, **changed}
+    return pairs
+
+
+def growth_gradient():
+    """Figs. 5, 10: gradients corrected for the update only, or for ranking growth too."""
+    pairs = {}
+    for sparsity in (0.95, 0.98):
+        base = {"sparsity": sparsity}
+        both = {**CORRECTED, "growth_gradient": "corrected"}
+        pairs[f"update corrected, {sparsity:.0%}"] = base, {**base, **CORRECTED}
+        pairs[f"update and growth corrected, {sparsity:.0%}"] = base, {**base, **both}
+    return pairs
+
+
+def ham():
+    """Figs. 17, 18, 25, 26: HAM, SparseOpt, and both."""
+    pairs = {"SparseOpt": corrected_and_not()}
+    for alpha in (2.0, 20.0, 200.0):
+        pairs[f"HAM, α = {alpha:g}"] = {}, {"ham": alpha}
+        pairs[f"SparseOpt + HAM, α = {alpha:g}"] = {}, {"ham": alpha, **CORRECTED}
+    return pairs
+
+
+def renormalized():
+    """Figs. 19–22: only the direction corrected, every layer's gradient norm as it was."""
+    pairs = {}
+    for sparsity in (0.95, 0.98):
+        base = {"sparsity": sparsity}
+        pairs[f"corrected, {sparsity:.0%}"] = base, {**base, **CORRECTED}
+        only_direction = {**base, **CORRECTED, "renormalize": True}
+        pairs[f"corrected and renormalized, {sparsity:.0%}"] = base, only_direction
+    return pairs
+
+
+MAPS = {
+    learning_rate_and_decay: ("coupled weight decay", "peak learning rate"),
+    sparsity_and_budget: ("sparsity", "epochs"),
+}
+EXPERIMENTS = {
+    experiment.__name__: experiment
+    for experiment in (
+        convergence,
+        learning_rate_and_decay,
+        sparsity_and_budget,
+        conditions,
+        variants,
+        growth_gradient,
+        ham,
+        renormalized,
+    )
+}
+
+
+# ---------------------------------------------------------------------------------- comparing
+
+
+def differences(record, base, other, measure):
+    """Paired differences of a measure over the seeds that both settings were trained with."""
+    values = []
+    for seed in itertools.count():
+        pair = {**base, "seed": seed}, {**other, "seed": seed}
+        if any(setting not in record for setting in pair):
+            return np.array(values)
+        values.append(measure(record[pair[1]]) - measure(record[pair[0]]))
+
+
+def at_the_end(result):
+    return 100 * result["test_accuracy"][-1]
+
+
+def over_training(result):
+    return 100 * np.mean(result["test_accuracy"])
+
+
+def itop(result):
+    return 100 * result["itop_rate"][-1] if result["itop_rate"] else np.nan
+
+
+MEASURES = {"at_the_end": at_the_end, "over_training": over_training, "itop_rate": itop}
+
+
+def steps_to_reach(result, accuracy):
+    """Steps until the accuracy is first reached, interpolated; NaN if it never is."""
+    steps, values = [0, *result["steps"]], [0.1, *result["test_accuracy"]]
+    for i in range(1, len(values)):
+        if values[i] >= accuracy:
+            share = (accuracy - values[i - 1]) / (values[i] - values[i - 1])
+            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return np.nan
+
+
+def compare(record, pairs):
+    """Rows of a table: what the second setting of each pair gains over the first."""
+    rows = []
+    for label, (base, other) in pairs.items():
+        row = {"label": list(label) if isinstance(label, tuple) else label}
+        for name, measure in MEASURES.items():
+            values = differences(record, base, other, measure)
+            row[name] = {
+                "mean": float(np.mean(values)) if len(values) else np.nan,
+                "confidence": confidence(values),
+            }
+        row["seeds"] = len(values)
+        row["base"] = float(
+            np.mean([at_the_end(record[{**base, "seed": seed}]) for seed in range(len(values))])
+        )
+        row["share_of_steps"] = share_of_steps(record, base, other, len(values))
+        rows.append(row)
+    return rows
+
+
+def share_of_steps(record, base, other, seeds):
+    """Steps of the second to the first's final accuracy (mean over seeds), as a share of all."""
+    finals = [record[{**base, "seed": seed}]["test_accuracy"][-1] for seed in range(seeds)]
+    results = [record[{**other, "seed": seed}] for seed in range(seeds)]
+    mean_curve = {
+        "steps": results[0]["steps"],
+        "test_accuracy": np.mean([r["test_accuracy"] for r in results], axis=0),
+    }
+    return steps_to_reach(mean_curve, np.mean(finals)) / results[0]["steps"][-1]
+
+
+def is_sure(cell):
+    return abs(cell["mean"]) > cell["confidence"]
+
+
+def table(rows):
+    yield f"{'':>38}{'base':>7}{'at the end':>16}{'over training':>16}{'ITOP':>16}{'steps':>8}"
+    for row in rows:
+        label = " · ".join(row["label"]) if isinstance(row["label"], list) else row["label"]
+        cells = "".join(
+            f"{cell['mean']:>+7.2f} ± {cell['confidence']:.2f}{'*' if is_sure(cell) else ' '} "
+            for cell in (row[name] for name in MEASURES)
+        )
+        yield f"{label:>38}{row['base']:>7.1f}{cells}{row['share_of_steps']:>7.2f}"
+
+
+# ----------------------------------------------------------------------------------- pictures
+
+
+def heat_map(rows, axis_names, title, path):
+    import matplotlib.pyplot as plt
+
+    y, x = (list(dict.fromkeys(row["label"][axis] for row in rows)) for axis in (0, 1))
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained", sharey=True)
+    for axis, name in zip(axes, ("at_the_end", "over_training")):
+        cells = {tuple(row["label"]): row for row in rows}
+        mean = np.array([[cells[i, j][name]["mean"] for j in x] for i in y])
+        limit = 2 * np.nanmax(np.abs(mean)) or 1  # pale enough for the text
+        image = axis.imshow(mean, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for (i, a), (j, b) in itertools.product(enumerate(y), enumerate(x)):
+            cell = cells[a, b][name]
+            axis.text(
+                j, i, f"{cell['mean']:+.1f} ± {cell['confidence']:.1f}",
+                ha="center", va="center", weight="bold" if is_sure(cell) else "normal",
+            )  # fmt: skip
+        axis.set_xticks(range(len(x)), x)
+        axis.set_yticks(range(len(y)), y)
+        axis.set(xlabel=axis_names[1], title=f"gain {name.replace('_', ' ')}")
+        figure.colorbar(image)
+    axes[0].set_ylabel(axis_names[0])
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def forest(rows, title, path):
+    """Every comparison's mean difference with its interval."""
+    import matplotlib.pyplot as plt
+
+    shown = [name for name in MEASURES if not np.isnan([row[name]["mean"] for row in rows]).all()]
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(3.4 + 2.4 * len(shown), 1.5 + 0.3 * len(rows)),
+        layout="constrained", sharey=True,
+    )  # fmt: skip
+    positions = range(len(rows))[::-1]
+    for axis, name in zip(axes, shown):
+        for position, row in zip(positions, rows):
+            color = "tab:blue" if is_sure(row[name]) else "tab:gray"
+            half = np.nan_to_num(row[name]["confidence"])
+            axis.errorbar(row[name]["mean"], position, xerr=half, fmt="o", color=color, capsize=3)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_yticks(positions, [row["label"] for row in rows])
+        axis.set_xlabel(f"{name.replace('_', ' ')}, points")
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def curves(record, pairs, title, path):
+    import matplotlib.pyplot as plt
+
+    columns = (len(pairs) + 1) // 2
+    figure, axes = plt.subplots(
+        2, columns, figsize=(2.6 * columns, 5.4), layout="constrained", sharex=True, squeeze=False
+    )
+    for axis, (label, settings) in zip(axes.flat, pairs.items()):
+        for setting, name in zip(settings, ("masked only", "SparseOpt")):
+            results = []
+            while {**setting, "seed": len(results)} in record:
+                results.append(record[{**setting, "seed": len(results)}])
+            accuracy = 100 * np.array([result["test_accuracy"] for result in results])
+            steps, mean, spread = results[0]["steps"], accuracy.mean(0), accuracy.std(0)
+            axis.plot(steps, mean, label=name)
+            axis.fill_between(steps, mean - spread, mean + spread, alpha=0.2)
+        axis.set_title(label, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy, %")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def picture(name, record, pairs, rows, path):
+    seeds = sorted({row["seeds"] for row in rows})
+    of = "–".join(str(count) for count in {seeds[0]: 0, seeds[-1]: 0})
+    title = f"{EXPERIMENTS[name].__doc__}\n{of} seeds, 95 % intervals"
+    if EXPERIMENTS[name] is convergence:
+        curves(record, pairs, title.replace("95 % intervals", "± standard deviation"), path)
+    elif EXPERIMENTS[name] in MAPS:
+        heat_map(rows, MAPS[EXPERIMENTS[name]], title, path)
+    else:
+        forest(rows, title, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("experiments", nargs="*", help="names, or `all`")
+    parser.add_argument("--list", action="store_true", help="what there is")
+    parser.add_argument("--data_dir", help="where tfds keeps (or puts) CIFAR-10")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--quick", action="store_true", help="made-up data, one epoch, two seeds")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
+    args = parser.parse_args(argv)
+    if args.list or not args.experiments:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:>24}  {experiment.__doc__} ({len(experiment())} comparisons)")
+        return None
+    unknown = set(args.experiments) - {*EXPERIMENTS, "all"}
+    if unknown:
+        parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; see --list")
+    names = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
+    chosen = {name: EXPERIMENTS[name]() for name in names}
+    if args.quick:
+        args.seeds = 2
+        shortened = {"epochs": 1, "widths": (8,)}
+        chosen = {
+            name: {
+                label: tuple({**setting, **shortened, "update_every": 5} for setting in pair)
+                for label, pair in itertools.islice(pairs.items(), 2)
+            }
+            for name, pairs in chosen.items()
+        }
+    command = " ".join(["python examples/experiments.py", *(argv or sys.argv[1:])])
+    command = re.sub(r" --(data_dir|output|jobs) \S+", "", command)
+    record = Record(args.output / "experiments.json", command)
+    settings = [
+        {**setting, "seed": seed}
+        for seed in range(args.seeds)  # the first seed of everything first
+        for pairs in chosen.values()
+        for pair in pairs.values()
+        for setting in pair
+    ]
+    train_all(settings, record, args.data_dir, args.quick, args.jobs)
+    tables = {}
+    for name, pairs in chosen.items():
+        rows = tables[name] = compare(record, pairs)
+        print(f"\n{name}: {EXPERIMENTS[name].__doc__}", *table(rows), sep="\n")
+        picture(name, record, pairs, rows, args.output / f"{name}.png")
+    record.content["comparisons"] = {**record.content.get("comparisons", {}), **tables}
+    record.write()
+    print(f"\n* the 95 % interval excludes 0\n→ {record.path}")
+    return record.content
+
+
+if __name__ == "__main__":
+    main()

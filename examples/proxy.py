@@ -1,0 +1,347 @@
+"""The small task of the experiments: data, network, one training, and the file of all trainings.
+
+Cheap enough for many seeds on a CPU core: CIFAR-10 averaged down to 16 × 16 pixels, and a ResNet
+with one block per stage. A training is described by a dict of what differs from `DEFAULTS`. Two
+settings with the same seed start from the same weights and masks and see the same batches, so
+that their difference is a paired one.
+"""
+
+import json
+import math
+import multiprocessing
+
+import keras
+import numpy as np
+from models import resnet
+from record import facts
+
+import keras_sparseopt as kso
+
+BATCH_SIZE = 128
+MOMENTUM = 0.9
+BN_MOMENTUM = 0.9
+DROP_FRACTION = 0.3
+EVALUATE_EVERY = 195  # optimizer steps: half an epoch
+STEPS_PER_EXECUTION = 5
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+DEFAULTS = {
+    # network
+    "widths": (16, 32, 64),
+    "normalization": "batch",
+    "activation": "relu",
+    "sparse_initialization": False,  # He by actual fan-in instead of by the dense one
+    # sparsity
+    "sparsity": 0.95,  # ERK
+    "method": "rigl",  # or "set", "static", "dense"
+    "update_every": 100,  # optimizer steps
+    "growth_gradient": "original",
+    "rescale": False,  # neurons brought to one norm at every mask update, the function preserved
+    # optimizer
+    "exponent": 0.0,  # p of ((1 − s_i) / (1 − s_avg))^p: 0 masks only, ½ is SparseOpt
+    "renormalize": False,
+    "optimizer": "momentum",  # or "sgd", "adam", "rmsprop", "adagrad"
+    "ham": None,  # or HAM's alpha
+    "learning_rate": 0.1,  # peak; cosine to 0
+    "warmup": 0.0,  # share of the training with a linear warm-up
+    "weight_decay": 5e-4,  # coupled
+    "decay": "outside",  # added after the correction (as PyTorch's SGD does), or "inside"
+    # schedule
+    "epochs": 3,
+    "seed": 0,
+}
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def load(data_dir, size=16):
+    """((images, labels) of training, the same of testing), averaged down, normalized."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    parts = tfds.load("cifar10", split=["train", "test"], data_dir=data_dir, as_supervised=True)
+    arrays = []
+    for part in parts:
+        images, labels = part.batch(60_000).get_single_element()
+        images = tf.image.resize(images, (size, size), "area").numpy()
+        arrays.append((((images / 255 - MEAN) / STD).astype("float32"), labels.numpy()))
+    return arrays
+
+
+def made_up():
+    """Data of the same form that nobody has to download: coloured noise with a class each."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 1664)
+    images = rng.normal(size=(1664, 16, 16, 3)) + rng.normal(size=(10, 1, 1, 3))[labels]
+    images = images.astype("float32")
+    return [(images[:1408], labels[:1408]), (images[1408:], labels[1408:])]
+
+
+class Batches(keras.utils.PyDataset):
+    """Shuffled and flipped by (seed, epoch) only; Keras' epochs are pieces of the real ones."""
+
+    def __init__(self, images, labels, seed):
+        super().__init__()
+        self.images, self.labels, self.seed = images, labels, seed
+        self.per_epoch = len(labels) // BATCH_SIZE // STEPS_PER_EXECUTION * STEPS_PER_EXECUTION
+        self.pieces = max(1, self.per_epoch // EVALUATE_EVERY)
+        self.piece = 0
+        self._draw()
+
+    def _draw(self):
+        rng = np.random.default_rng([self.seed, self.piece // self.pieces])
+        self.order = rng.permutation(len(self.labels))
+        self.flip = rng.random(len(self.labels)) < 0.5
+
+    def __len__(self):
+        return self.per_epoch // self.pieces
+
+    def __getitem__(self, index):
+        first = (self.piece % self.pieces * len(self) + index) * BATCH_SIZE
+        chosen = slice(first, first + BATCH_SIZE)
+        images = self.images[self.order[chosen]]
+        flipped = self.flip[chosen, None, None, None]
+        return np.where(flipped, images[:, :, ::-1], images), self.labels[self.order[chosen]]
+
+    def on_epoch_end(self):
+        self.piece += 1
+        if self.piece % self.pieces == 0:
+            self._draw()
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class Variant(kso.SparseOpt):
+    """SparseOpt with another exponent than ½, and on request with neurons of one norm.
+
+    scale = ((1 − s_i) / (1 − s_avg))^p; after a mask update w_i ← w_i · √(mean ‖w‖²) / ‖w_i‖, and
+    the statistics of the normalization follow, so that the network computes what it did.
+    """
+
+    exponent = 0.5
+    normalization_of = None  # kernel's id → Batch Normalization, to rescale
+
+    def correction(self, mask, neuron_axes):
+        return super().correction(mask, neuron_axes) ** (2 * self.exponent)
+
+    def rewire(self, kernel, new_mask):
+        super().rewire(kernel, new_mask)
+        normalization = (self.normalization_of or {}).get(id(kernel))
+        if normalization is None:
+            return
+        weights = keras.ops.convert_to_numpy(kernel)
+        squares = np.square(weights).sum(axis=(0, 1, 2))
+        scale = np.sqrt(squares.mean() / np.where(squares > 0, squares, squares.mean()))
+        kernel.assign(weights * scale)
+        normalization.moving_mean.assign(normalization.moving_mean * scale)
+        normalization.moving_variance.assign(normalization.moving_variance * scale**2)
+
+
+OPTIMIZERS = {
+    "sgd": (keras.optimizers.SGD, {}),
+    "momentum": (keras.optimizers.SGD, {"momentum": MOMENTUM}),
+    "adam": (keras.optimizers.Adam, {}),
+    "rmsprop": (keras.optimizers.RMSprop, {}),
+    "adagrad": (keras.optimizers.Adagrad, {}),
+}
+
+
+def make_inner_optimizer(name, schedule, kernel_decay):
+    """A Keras optimizer with coupled weight decay of kernels, which SparseOpt does not correct."""
+    optimizer_class, options = OPTIMIZERS[name]
+
+    class Decayed(optimizer_class):
+        def update_step(self, gradient, variable, learning_rate):
+            if len(variable.shape) >= 2:
+                gradient = gradient + kernel_decay * keras.ops.convert_to_tensor(variable)
+            super().update_step(gradient, variable, learning_rate)
+
+    return (Decayed if kernel_decay else optimizer_class)(schedule, **options)
+
+
+def make_model(input_shape, setting):
+    """The network, sparse unless the method is "dense"."""
+    inside = setting["weight_decay"] if setting["decay"] == "inside" else 0.0
+    model = resnet(
+        input_shape, 10, setting["widths"], 1, inside, BN_MOMENTUM, stem_stride=2,
+        normalization=setting["normalization"], activation=setting["activation"],
+    )  # fmt: skip
+    if setting["method"] == "dense":
+        return model
+    model = kso.sparsify(model, setting["sparsity"], "erk", seed=setting["seed"])
+    if setting["sparse_initialization"]:
+        for layer in kso.sparse_layers(model):
+            density = 1 - layer.neuron_sparsity
+            layer.kernel.assign(layer.kernel / np.sqrt(np.where(density > 0, density, 1)))
+    return model
+
+
+def make_optimizer(setting, steps, model):
+    peak, warmup = setting["learning_rate"], round(setting["warmup"] * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else peak, steps - warmup,
+        warmup_target=peak if warmup else None, warmup_steps=warmup,
+    )  # fmt: skip
+    outside = setting["weight_decay"] if setting["decay"] == "outside" else 0.0
+    inner = make_inner_optimizer(setting["optimizer"], schedule, outside)
+    if setting["method"] == "dense":
+        return inner
+    if setting["ham"] is not None:
+        inner = kso.HAM(inner, alpha=setting["ham"])
+    exponent = setting["exponent"]
+    optimizer = Variant(inner, skew_correction=exponent != 0, renormalize=setting["renormalize"])
+    optimizer.exponent = exponent
+    if setting["rescale"]:
+        optimizer.normalization_of = {
+            id(layer.kernel): model.get_layer(f"{layer.name}_bn")
+            for layer in kso.sparse_layers(model)
+            if layer.name != "classifier"
+        }
+    return optimizer
+
+
+def make_callbacks(setting):
+    every, drop = setting["update_every"], DROP_FRACTION
+    methods = {
+        "dense": lambda: [],
+        "static": lambda: [kso.Static()],
+        "set": lambda: [kso.SET(every, drop, seed=setting["seed"])],
+        "rigl": lambda: [kso.RigL(every, drop, growth_gradient=setting["growth_gradient"])],
+    }
+    return methods[setting["method"]]()
+
+
+def train(data, setting):
+    """One training.
+
+    Args:
+        data: As `load` returns it.
+        setting: Dict of what differs from `DEFAULTS`.
+
+    Returns:
+        Dict with `test_accuracy`, `loss` and `itop_rate`, lists over evaluations, and `steps`, the
+        optimizer steps at which they were.
+    """
+    setting = full(setting)
+    (images, labels), test = data
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(setting["seed"])
+    model = make_model(images.shape[1:], setting)
+    batches = Batches(images, labels, setting["seed"])
+    evaluations = setting["epochs"] * batches.pieces
+    model.compile(
+        make_optimizer(setting, evaluations * len(batches), model),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        steps_per_execution=STEPS_PER_EXECUTION,
+    )
+    history = model.fit(
+        batches, epochs=evaluations, shuffle=False, verbose=0,
+        validation_data=test, validation_batch_size=500, callbacks=make_callbacks(setting),
+    ).history  # fmt: skip
+    return {
+        "steps": [(i + 1) * len(batches) for i in range(evaluations)],
+        "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
+        "loss": [round(value, 5) for value in history["loss"]],
+        "itop_rate": [round(value, 5) for value in history.get("itop_rate", [])],
+    }
+
+
+def full(setting):
+    """A setting with its defaults."""
+    unknown = set(setting) - set(DEFAULTS)
+    if unknown:
+        raise ValueError(f"The setting holds unknown keys: {sorted(unknown)}")
+    return {**DEFAULTS, **setting}
+
+
+# ------------------------------------------------------------------------------ all trainings
+
+
+class Record:
+    """The JSON file of all trainings; what is in it already is not trained again.
+
+    Written after every training, so the command can be stopped and run again.
+    """
+
+    def __init__(self, path, command):
+        self.path = path
+        defaults = json.loads(json.dumps(DEFAULTS))
+        self.content = {"command": command, **facts(), "defaults": defaults, "runs": []}
+        if path.exists():
+            known = json.loads(path.read_text())
+            if known["defaults"] != defaults:
+                raise SystemExit(f"{path} was made with other defaults; move it away.")
+            self.content["runs"] = known["runs"]
+        self.results = {_key(run["setting"]): run["result"] for run in self.content["runs"]}
+
+    def __contains__(self, setting):
+        return _key(setting) in self.results
+
+    def __getitem__(self, setting):
+        return self.results[_key(setting)]
+
+    def add(self, setting, result):
+        setting = {key: value for key, value in full(setting).items() if value != DEFAULTS[key]}
+        self.content["runs"].append({"setting": setting, "result": result})
+        self.results[_key(setting)] = result
+        self.write()
+
+    def write(self):
+        """One line per training."""
+        runs = ",\n".join("  " + json.dumps(run) for run in self.content["runs"])
+        rest = {key: value for key, value in self.content.items() if key != "runs"}
+        text = json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(text)
+        aside.replace(self.path)
+
+
+def _key(setting):
+    return json.dumps(full(setting), sort_keys=True)
+
+
+_worker: dict = {}
+
+
+def _start_worker(data_dir, quick):
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    _worker["data"] = made_up() if quick else load(data_dir)
+
+
+def _run(setting):
+    return setting, train(_worker["data"], setting)
+
+
+def train_all(settings, record, data_dir=None, quick=False, jobs=1):
+    """Train what is not in the record yet, `jobs` at a time, in processes with a thread each."""
+    missing = list({_key(s): s for s in settings if s not in record}.values())
+    if not missing:
+        return
+    pool = multiprocessing.get_context("spawn").Pool(
+        jobs, _start_worker, (data_dir, quick), maxtasksperchild=20
+    )
+    with pool:
+        results = pool.imap_unordered(_run, missing)
+        for number, (setting, result) in enumerate(results, 1):
+            record.add(setting, result)
+            print(f"{number}/{len(missing)}", setting, result["test_accuracy"][-1], flush=True)
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+def confidence(values):
+    """Half the width of the 95 % confidence interval of the mean (Student's t)."""
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))

@@ -1,0 +1,418 @@
+"""One page that shows how a sparse training went. Draws what `analysis` and `monitors` measured."""
+
+import base64
+import collections
+import csv
+import html
+import io
+import pathlib
+
+import keras
+import numpy as np
+
+from keras_sparseopt import analysis
+from keras_sparseopt.conversion import sparse_layers
+from keras_sparseopt.graph import functional_of
+from keras_sparseopt.monitors import LOG_FILE, GradientFlow, read_log
+from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+
+_TOPOLOGY = {
+    "sparsity": "sparsity",
+    "itop_rate": "ITOP rate",
+    "mask_change": "share of new connections",
+    "drop_fraction": "drop fraction",
+}
+_MEASURED = ("effective_gradient_flow", "gradient_flow", "skew_angle", "skew_jump")
+
+
+def report(history, model, directory="report", gradient_flow=None, title=None):
+    """Writes a page about a sparse training: pictures as PNG files, and all of it as one HTML file.
+
+    Curves of the training; sparsity and ITOP rate; sparsity of every layer; fan-in of the neurons;
+    the amplification that Batch Normalization has, against the theory; and, if a `GradientFlow`
+    measured, gradient flow and skew over time. What was not measured is left out.
+
+    Args:
+        history: What `fit` returned, its dict of lists, or the folder of a run, in which a
+            `CSVLogger` wrote a `.csv` file and `GradientFlow(log_dir=...)` its log; either may be
+            missing, but not both.
+        model: The trained model, with sparse layers.
+        directory: Folder to write to, defaults to `"report"`. Files of an earlier report in it are
+            replaced.
+        gradient_flow: The `GradientFlow` that measured, or `None` (default) for that of the
+            folder, if there is one.
+        title: String; `None` (default) for the model's name.
+
+    Returns:
+        `pathlib.Path` of the page, `<directory>/index.html`. It needs no other file.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+        TypeError: If `model` is not a Keras model, or `history` is none of the above.
+        ValueError: If the model has no sparse layers, or the folder holds nothing to show.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([
+        keras.Input((20,)),
+        kso.SparseDense(32, sparsity=0.8),
+        keras.layers.BatchNormalization(),
+    ])
+    model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
+    flow = kso.GradientFlow(every=2)
+    history = model.fit(
+        np.random.rand(64, 20), np.random.rand(64, 32), batch_size=8, epochs=3, verbose=0,
+        callbacks=[flow, kso.RigL(update_every=4)],
+    )
+    page = kso.report(history, model, "report", gradient_flow=flow)
+    assert page.exists()
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    if not sparse_layers(model):
+        raise ValueError(f"`model` must hold sparse layers. Received: '{model.name}'")
+    if gradient_flow is not None and not isinstance(gradient_flow, GradientFlow):
+        raise TypeError(
+            "`gradient_flow` must be the GradientFlow callback that measured, or None. "
+            f"Received: gradient_flow={gradient_flow!r}"
+        )
+    logs, measured = _read(history)
+    if gradient_flow is not None:
+        measured = gradient_flow.history
+    _require_matplotlib()
+    figures = _figures(logs, measured, model)
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, (caption, figure) in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=150, format="png")
+        (directory / f"{name}.png").write_bytes(buffer.getvalue())
+        sections.append((name, caption, base64.b64encode(buffer.getvalue()).decode()))
+    page = directory / "index.html"
+    page.write_text(_page(title or model.name, _facts(logs, model), sections, _table(model)))
+    return page
+
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def _read(history):
+    """(dict of lists of the epochs' logs, list of measurements)."""
+    if isinstance(history, keras.callbacks.History):
+        return dict(history.history), []
+    if isinstance(history, dict):
+        return history, []
+    if not isinstance(history, (str, pathlib.Path)):
+        raise TypeError(
+            "`history` must be what `fit` returned, a dict of lists, or a folder. "
+            f"Received: history={history!r}"
+        )
+    folder = pathlib.Path(history)
+    tables = sorted(folder.glob("*.csv"))
+    measured = read_log(folder / LOG_FILE)
+    if len(tables) > 1:
+        raise ValueError(
+            "`history` must be a folder with one .csv file. Received: "
+            f"{', '.join(table.name for table in tables)} in {folder}"
+        )
+    if not tables and not measured:
+        raise ValueError(
+            f"`history` must be a folder that holds a .csv file of CSVLogger or {LOG_FILE} of "
+            f"GradientFlow. Received: history={str(folder)!r}"
+        )
+    logs = collections.defaultdict(list)
+    for table in tables:
+        with table.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    logs[name].append(_number(value))
+    logs.pop("epoch", None)
+    return dict(logs), measured
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:  # CSVLogger writes NA
+        return np.nan
+
+
+def _require_matplotlib():
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("`report` needs Matplotlib: pip install matplotlib.") from error
+
+
+# ------------------------------------------------------------------------------------- drawing
+
+
+def _figures(logs, measured, model):
+    """Name → (caption, figure), in the page's order."""
+    rows = analysis.connectivity(model)
+    figures = {}
+    metrics = [
+        name
+        for name in logs
+        if not name.startswith("val_") and name not in {*_TOPOLOGY, *_MEASURED, "learning_rate"}
+    ]
+    if metrics:
+        figures["curves"] = "Training. Dashed: validation.", _curves(logs, metrics)
+    topology = [name for name in _TOPOLOGY if name in logs]
+    if topology:
+        figures["topology"] = (
+            "The topology over epochs. ITOP rate: the share of weights that were ever active.",
+            _grid([(_TOPOLOGY[name], {"": logs[name]}) for name in topology], "epoch"),
+        )
+    figures["layers"] = (
+        "Active weights of every sparse layer, as a share of its kernel.",
+        _bars(rows),
+    )
+    figures["fan_in"] = (
+        "Fan-in of the neurons, relative to the layer's mean: each row is a histogram. What lies "
+        "right and left of 1 is what turns the gradient under Batch Normalization.",
+        _fan_in(rows),
+    )
+    skews = analysis.measured_skew(model) if functional_of(model) is not None else []
+    skews = [skew for skew in skews if not np.isnan(skew["correlation"])]
+    if skews:
+        figures["amplification"] = (
+            "Amplification of the neurons' gradients by Batch Normalization: measured, from its "
+            "moving variances, against 1/√(1 − s). Each layer relative to its mean.",
+            _amplification(skews),
+        )
+    if measured:
+        figures["gradient_flow"] = (
+            "Gradient flow: of the active weights, averaged over layers (effective), and of all.",
+            _gradient_flow(measured),
+        )
+        figures["skew"] = (
+            "Skew: the angle between a layer's gradient and its correction, and how much mask "
+            "updates changed it.",
+            _skew(measured),
+        )
+    return figures
+
+
+def _new_figure(width, height):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _grid(panels, xlabel, first=1):
+    """Panels of lines over epochs: list of (title, {label: values or (values, style)})."""
+    figure = _new_figure(3.1 * len(panels) + 0.4, 2.8)
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, values in lines.items():
+            style = "--" if label == "validation" else "-"
+            marker = "o" if len(values) == 1 else None
+            x = range(first, first + len(values))
+            axis.plot(x, values, style, marker=marker, label=label, color="tab:blue")
+        axis.set(title=title, xlabel=xlabel)
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _curves(logs, metrics):
+    panels = []
+    for name in metrics:
+        lines = {"training": logs[name]}
+        if f"val_{name}" in logs:
+            lines["validation"] = logs[f"val_{name}"]
+        panels.append((name.replace("_", " "), lines))
+    return _grid(panels, "epoch")
+
+
+def _bars(rows):
+    figure = _new_figure(7.2, 1.2 + 0.22 * len(rows))
+    axis = figure.subplots()
+    densities = [1 - row["sparsity"] for row in rows]
+    bars = axis.barh([row["name"] for row in rows], densities, color="tab:blue")
+    axis.bar_label(bars, [f"{density:.1%}" for density in densities], padding=3, fontsize=8)
+    axis.set(xlabel="density", xlim=(0, 1.12 * max(densities)))
+    axis.tick_params(axis="y", labelsize=8)
+    axis.invert_yaxis()
+    return figure
+
+
+def _fan_in(rows, bins=41, end=2.5):
+    shares = []
+    for row in rows:
+        fan_in = np.ravel(row["fan_in"])
+        relative = np.clip(fan_in / max(fan_in.mean(), 1e-9), 0, end - 1e-9)
+        shares.append(np.histogram(relative, bins, (0, end))[0] / fan_in.size)
+    figure = _new_figure(7.2, 1.4 + 0.22 * len(rows))
+    axis = figure.subplots()
+    image = axis.imshow(
+        shares, aspect="auto", cmap="Blues", extent=(0, end, len(rows) - 0.5, -0.5), vmin=0
+    )
+    axis.axvline(1, color="black", lw=0.6, ls=":")
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axis.set_xlabel("fan-in over the layer's mean")
+    figure.colorbar(image, label="share of neurons")
+    return figure
+
+
+def _amplification(skews):
+    figure = _new_figure(4.8, 4.2)
+    axis = figure.subplots()
+    every = np.concatenate([skew[side] for skew in skews for side in ("theory", "measured")])
+    low, high = np.nanmin(every) / 1.1, np.nanmax(every) * 1.1
+    axis.plot([low, high], [low, high], "k--", lw=0.8, label="measured = theory")
+    theory, measured = (np.concatenate([s[side] for s in skews]) for side in ("theory", "measured"))
+    axis.plot(theory, measured, "o", ms=4, alpha=0.4, color="tab:blue", mec="none")
+    median = np.median([skew["correlation"] for skew in skews])
+    axis.set(
+        xscale="log", yscale="log", xlabel="theory, 1/√(1 − s)", ylabel="measured, 1/σ",
+        title=f"median correlation of a layer: {median:.2f}",
+    )  # fmt: skip
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(ScalarFormatter())
+        side.set_minor_formatter(NullFormatter())
+        side.set_ticks([t for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 5) if low <= t <= high])
+    axis.legend()
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _by_layer(measured, name):
+    """(layer names, steps, array of (layer, measurement)); NaN where it was not measured."""
+    names = list(dict.fromkeys(layer["name"] for entry in measured for layer in entry["layers"]))
+    values = np.full((len(names), len(measured)), np.nan)
+    for column, entry in enumerate(measured):
+        for layer in entry["layers"]:
+            if layer[name] is not None:
+                values[names.index(layer["name"]), column] = layer[name]
+    return names, [entry["step"] for entry in measured], values
+
+
+def _heat(axis, figure, names, steps, values, label, **style):
+    end = steps[-1] + (steps[-1] - steps[0]) / max(len(steps) - 1, 1) + 1e-9
+    mesh = axis.pcolormesh(
+        [*steps, end], np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(values), **style
+    )
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("step")
+    figure.colorbar(mesh, label=label)
+
+
+def _gradient_flow(measured):
+    names, steps, values = _by_layer(measured, "effective_gradient_flow")
+    figure = _new_figure(9.5, max(3.0, 1.4 + 0.22 * len(names)))
+    left, right = figure.subplots(1, 2)
+    for name, label in (("effective_gradient_flow", "effective"), ("gradient_flow", "ordinary")):
+        left.plot(steps, [entry[name] for entry in measured], label=label)
+    left.set(xlabel="step", title="gradient flow", yscale="log")
+    left.grid(alpha=0.3)
+    left.legend()
+    positive = np.where(values > 0, values, np.nan)
+    norm = "log" if np.isfinite(positive).any() else None
+    _heat(right, figure, names, steps, positive, "‖ g ⊙ mask ‖", cmap="viridis", norm=norm)
+    right.set_title("by layer")
+    return figure
+
+
+def _skew(measured):
+    names, steps, values = _by_layer(measured, "angle")
+    figure = _new_figure(9.5, max(3.0, 1.4 + 0.22 * len(names)))
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [entry["skew_angle"] for entry in measured], label="angle")
+    left.plot(steps, [entry["skew_jump"] for entry in measured], label="jump by mask updates")
+    left.set(xlabel="step", ylabel="degrees", title="mean of the corrected layers")
+    left.set_ylim(bottom=0)
+    left.grid(alpha=0.3)
+    left.legend()
+    _heat(right, figure, names, steps, values, "angle, degrees", cmap="viridis", vmin=0)
+    right.set_title("by layer")
+    return figure
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def _facts(logs, model):
+    layers = sparse_layers(model)
+    sizes = [int(np.prod(layer.kernel.shape)) for layer in layers]
+    active = [int(np.sum(keras.ops.convert_to_numpy(layer.kernel_mask))) for layer in layers]
+    trainable = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+    facts = {
+        "sparsity of the masked layers": f"{1 - sum(active) / sum(sizes):.4f}",
+        "active weights": f"{sum(active):,} of {sum(sizes):,}",
+        "trainable parameters of the model": f"{trainable:,}",
+        "dead neurons": f"{sum(row['dead_neurons'] for row in analysis.connectivity(model)):,}",
+    }
+    optimizer = sparse_opt_of(getattr(model, "optimizer", None))
+    if optimizer is not None and optimizer.built:
+        facts["ITOP rate, masked layers"] = f"{optimizer.itop_rate():.4f}"
+        facts["ITOP rate, all weights"] = f"{optimizer.itop_rate(all_weights=True):.4f}"
+    for name, values in logs.items():
+        if name not in {*_TOPOLOGY, *_MEASURED} and len(values):
+            facts[f"{name.replace('_', ' ')}, last epoch"] = f"{values[-1]:.4g}"
+    return facts
+
+
+def _table(model):
+    header = ["layer", "sparsity", "active", "fan-in: least", "mean", "most", "dead neurons"]
+    rows = []
+    for row in analysis.connectivity(model):
+        fan_in = row["fan_in"]
+        rows.append(
+            [
+                row["name"], f"{row['sparsity']:.4f}", f"{int(fan_in.sum()):,}",
+                f"{fan_in.min()}", f"{fan_in.mean():.1f}", f"{fan_in.max()}",
+                f"{row['dead_neurons']}",
+            ]
+        )  # fmt: skip
+    return header, rows
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+figure { margin: 0; } figcaption { color: #57606a; margin-bottom: .5rem; }
+img { max-width: 100%; height: auto; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid #d8dee4; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+def _page(title, facts, sections, table):
+    escape = html.escape
+    header, rows = table
+    parts = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{escape(title)}</title>",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{_STYLE}</style></head><body>\n<h1>{escape(title)}: sparse training</h1>",
+        '<div class="table"><table id="facts">',
+        *(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items()),
+        "</table></div>",
+    ]
+    for name, caption, data in sections:
+        heading = escape(name.replace("_", " ").capitalize())
+        parts += [
+            f'<h2>{heading}</h2>\n<figure id="{name}"><figcaption>{escape(caption)}</figcaption>',
+            f'<img alt="{heading}" src="data:image/png;base64,{data}"></figure>',
+        ]
+    parts += [
+        '<h2>Layer by layer</h2>\n<div class="table"><table id="layer-table"><tr>',
+        *(f"<th>{escape(cell)}</th>" for cell in header),
+        "</tr>",
+        *("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows),
+        "</table></div>\n</body></html>\n",
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,172 @@
+"""The experiments' arithmetic by hand, and all of them on made-up data."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, correct_oracle
+
+import keras_sparseopt as kso
+
+pytestmark = pytest.mark.backend("tensorflow")  # they are slow on the CPU of JAX
+
+
+@pytest.fixture
+def proxy():
+    import proxy
+
+    return proxy
+
+
+@pytest.fixture
+def experiments():
+    import experiments
+
+    return experiments
+
+
+def test_batches_show_every_example_once_per_epoch(proxy):
+    images = np.arange(1000, dtype="float32")[:, None, None, None] * np.ones((1, 1, 2, 1))
+    batches = proxy.Batches(images, np.arange(1000), seed=3)
+    batches.per_epoch, batches.pieces = 6, 2  # of 128 images
+    epochs = []
+    for _ in range(2):
+        seen = []
+        for _ in range(2):
+            for index in range(len(batches)):
+                x, y = batches[index]
+                assert (x[:, 0, 0, 0] == y).all()
+                seen.extend(y)
+            batches.on_epoch_end()
+        assert len(set(seen)) == 6 * 128
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+    again = proxy.Batches(images, np.arange(1000), seed=3)
+    assert list(again[0][1]) == epochs[0][:128]
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("decay", ["inside", "outside"])
+def test_one_step_with_exponent_and_decay(proxy, exponent, decay):
+    """w ← w − lr · (c · g + wd · w), or with the decay inside of the correction."""
+    setting = proxy.full(
+        {"widths": (8,), "exponent": exponent, "decay": decay, "weight_decay": 0.1,
+         "optimizer": "sgd", "learning_rate": 0.5}
+    )  # fmt: skip
+    model = proxy.make_model((16, 16, 3), setting)
+    model.compile(
+        proxy.make_optimizer(setting, 1000, model),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    optimizer.open_taps()
+    layer = kso.sparse_layers(model)[1]
+    mask, w = array(layer.kernel_mask), array(layer.kernel)
+    (images, labels), _ = proxy.made_up()
+    model.train_on_batch(images[:128], labels[:128])
+    g = array(optimizer.dense_gradient(layer.kernel))  # with the regularizer's, if inside
+    if exponent == 0.5:
+        corrected = correct_oracle(g, mask, (3,))
+    else:  # twice √ is the whole
+        corrected = correct_oracle(correct_oracle(g, mask, (3,)), mask, (3,))
+    decayed = 0.1 * w if decay == "outside" else 0.0
+    np.testing.assert_allclose(array(layer.kernel), w - 0.5 * (corrected + decayed), atol=1e-6)
+
+
+def test_rescaling_preserves_the_function(proxy):
+    setting = proxy.full({"widths": (8,), "rescale": True})
+    model = proxy.make_model((16, 16, 3), setting)
+    optimizer = proxy.make_optimizer(setting, 1000, model)
+    model.compile(optimizer, loss="mse")
+    optimizer.build(model.trainable_variables)
+    (images, _), _ = proxy.made_up()
+    for normalization in optimizer.normalization_of.values():
+        normalization.epsilon = 0.0  # the one thing that does not scale
+    model(images[:64], training=True)
+    before = array(model(images[:8]))
+    for layer in kso.sparse_layers(model):
+        optimizer.rewire(layer.kernel, array(layer.kernel_mask))
+    np.testing.assert_allclose(array(model(images[:8])), before, rtol=1e-3, atol=1e-4)
+    norms = np.sqrt((array(kso.sparse_layers(model)[1].kernel) ** 2).sum(axis=(0, 1, 2)))
+    np.testing.assert_allclose(norms[norms > 0], norms[0], rtol=1e-5)
+
+
+def test_sparse_initialization(proxy):
+    dense, sparse = (
+        proxy.make_model((16, 16, 3), proxy.full({"sparse_initialization": sparse, "seed": 0}))
+        for sparse in (False, True)
+    )
+    for one, two in zip(kso.sparse_layers(dense), kso.sparse_layers(sparse)):
+        assert (array(one.kernel_mask) == array(two.kernel_mask)).all()
+        fan_in = np.prod(one.kernel.shape[:-1])
+        expected = np.sqrt(2 / (fan_in * (1 - two.neuron_sparsity)).mean())
+        if "classifier" not in one.name:
+            assert array(two.kernel)[array(two.kernel_mask)].std() == pytest.approx(
+                expected, rel=0.2
+            )
+
+
+def test_confidence_interval_by_hand(proxy):
+    # t(0.975, 2) = 4.3027, standard deviation 1, three values
+    assert proxy.confidence([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / np.sqrt(3), abs=1e-3)
+    assert np.isnan(proxy.confidence([1.0]))
+
+
+def test_comparison_by_hand(proxy, experiments, tmp_path):
+    record = proxy.Record(tmp_path / "r.json", "")
+    curves = {0.0: ([0.2, 0.4], [0.1, 0.5]), 0.5: ([0.4, 0.5], [0.4, 0.6])}
+    for exponent, of_seed in curves.items():
+        for seed, accuracy in enumerate(of_seed):
+            record.add(
+                {"exponent": exponent, "seed": seed},
+                {"steps": [10, 20], "test_accuracy": accuracy, "itop_rate": [0.1, 0.2]},
+            )
+    (row,) = experiments.compare(record, {"label": experiments.corrected_and_not()})
+    assert row["seeds"] == 2 and row["base"] == pytest.approx(45)
+    assert row["at_the_end"]["mean"] == pytest.approx(10)  # 10 and 10
+    assert row["over_training"]["mean"] == pytest.approx((15 + 20) / 2)
+    assert row["itop_rate"]["mean"] == 0
+    # The mean curve goes 0.4, 0.55; the base ends at 0.45, a third of the way: 13.3 of 20 steps
+    assert row["share_of_steps"] == pytest.approx((10 + 10 / 3) / 20)
+    assert np.isnan(experiments.steps_to_reach(record[{"exponent": 0.0}], 0.9))
+
+
+def test_record_refuses_other_defaults(proxy, tmp_path, monkeypatch):
+    record = proxy.Record(tmp_path / "r.json", "")
+    record.add({"seed": 1}, {"test_accuracy": [0.5]})
+    again = proxy.Record(tmp_path / "r.json", "")
+    assert {"seed": 1} in again and {"seed": 2} not in again
+    assert {"seed": 1, "epochs": proxy.DEFAULTS["epochs"]} in again
+    monkeypatch.setitem(proxy.DEFAULTS, "epochs", 7)
+    with pytest.raises(SystemExit, match="other defaults"):
+        proxy.Record(tmp_path / "r.json", "")
+    with pytest.raises(ValueError, match="unknown keys: \\['sparsty'\\]"):
+        proxy.full({"sparsty": 0.9})
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_experiments_run(experiments, tmp_path, capsys):
+    """One of every kind of picture; what is in the file already is not trained again."""
+    names = ["convergence", "sparsity_and_budget", "ham"]
+    content = experiments.main([*names, "--quick", "--output", str(tmp_path)])
+    assert set(content["comparisons"]) == set(names)
+    for name, rows in content["comparisons"].items():
+        assert all(row["seeds"] == 2 for row in rows)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "experiments.json").read_text())["runs"]
+    assert "1/" in capsys.readouterr().out
+    again = experiments.main(["ham", "--quick", "--output", str(tmp_path)])
+    assert again["runs"] == written and "1/" not in capsys.readouterr().out
+
+
+def test_every_experiment_is_made_of_known_settings(proxy, experiments, capsys):
+    for experiment in experiments.EXPERIMENTS.values():
+        for base, other in experiment().values():
+            assert proxy.full(base) != proxy.full(other)
+    experiments.main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in experiments.EXPERIMENTS)
+    with pytest.raises(SystemExit):
+        experiments.main(["nonsense"])

@@ -1,0 +1,230 @@
+"""The page, its pictures, and the files that it is made from."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, compiled, data, mlp
+
+import keras_sparseopt as kso
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def fit(directory, epochs=3, model=None, **kwargs):
+    model = model or compiled(mlp(), kso.SparseOpt("sgd"), metrics=["accuracy"])
+    x, y = data(64)
+    flow = kso.GradientFlow(3, log_dir=directory)
+    history = model.fit(
+        x, y, batch_size=8, epochs=epochs, verbose=0, validation_data=(x, y),
+        callbacks=[
+            kso.RigL(3, 0.5, end_step=100), flow,
+            keras.callbacks.CSVLogger(str(directory / "history.csv")),
+        ],
+        **kwargs,
+    )  # fmt: skip
+    return model, flow, history
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    return (directory, *fit(directory))
+
+
+EVERY_PICTURE = [
+    "curves", "topology", "layers", "fan_in", "amplification", "gradient_flow", "skew",
+]  # fmt: skip
+
+
+def test_report_of_a_folder(run, tmp_path):
+    directory, model, _, history = run
+    page = kso.report(directory, model, tmp_path / "report", title="Ours <1>")
+    text = page.read_text()
+    assert page == tmp_path / "report" / "index.html"
+    assert "<h1>Ours &lt;1&gt;: sparse training</h1>" in text
+    embedded = re.findall(r'<figure id="(\w+)">.*?src="data:image/png;base64,([^"]+)"', text, re.S)
+    assert [name for name, _ in embedded] == EVERY_PICTURE
+    for name, content in embedded:
+        assert base64.b64decode(content) == (page.parent / f"{name}.png").read_bytes()
+    assert not re.search(r'(src|href)="(?!data:)', text), "needs another file"
+    facts = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", text))
+    sizes, active = (
+        12 * 16 + 16 * 3,
+        sum(array(m.kernel_mask).sum() for m in kso.sparse_layers(model)),
+    )
+    assert facts["active weights"] == f"{active} of {sizes}"
+    assert facts["trainable parameters of the model"] == str(sizes + 2 * 16 + 3)
+    assert facts["ITOP rate, masked layers"] == f"{model.optimizer.itop_rate():.4f}"
+    last = history.history["val_accuracy"][-1]
+    assert facts["val accuracy, last epoch"] == f"{last:.4g}"
+
+
+def test_report_of_a_history_shows_what_there_is(run, tmp_path):
+    _, model, flow, history = run
+    for source, measured, pictures in (
+        (history, flow, EVERY_PICTURE),
+        (history.history, None, EVERY_PICTURE[:5]),
+        ({}, None, EVERY_PICTURE[2:5]),
+    ):
+        text = kso.report(source, model, tmp_path / "report", measured).read_text()
+        assert re.findall(r'<figure id="(\w+)">', text) == pictures
+
+
+def test_report_without_graph_or_normalization(tmp_path):
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = kso.SparseDense(4, sparsity=0.5)
+
+        def call(self, x):
+            return self.hidden(x)
+
+    net = Net()
+    net(np.ones((1, 4), "float32"))
+    text = kso.report({"loss": [1.0]}, net, tmp_path).read_text()
+    assert re.findall(r'<figure id="(\w+)">', text) == ["curves", "layers", "fan_in"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_report_in_a_browser(run, tmp_path):
+    """All pictures are decoded, and the page is not wider than its window."""
+    directory, model, _, _ = run
+    page = kso.report(directory, model, tmp_path / "report")
+    script = (
+        "<script>onload = () => { document.title = JSON.stringify({"
+        "pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.width]),"
+        "width: document.documentElement.scrollWidth, window: innerWidth,"
+        "rows: document.querySelectorAll('#layer-table tr').length}) }</script>"
+    )
+    probe = tmp_path / "probe.html"
+    probe.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    dom = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--disable-sync", "--window-size=700,900",
+         f"--user-data-dir={tmp_path / 'chromium'}", "--dump-dom", probe.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    seen = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
+    assert len(seen["pictures"]) == len(EVERY_PICTURE) and seen["rows"] == 3
+    for complete, natural, width in seen["pictures"]:
+        assert complete and natural > 300 and 300 < width <= seen["window"]
+    assert seen["width"] <= seen["window"]
+
+
+def test_report_errors(run, tmp_path):
+    directory, model, _, history = run
+    target = tmp_path / "nothing"
+    plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    for arguments, error, message in (
+        ((history, "model"), TypeError, "`model` must be a Keras model"),
+        ((history, plain), ValueError, "`model` must hold sparse layers"),
+        ((3, model), TypeError, "`history` must be what `fit` returned"),
+        ((tmp_path, model), ValueError, "holds a .csv file of CSVLogger"),
+        ((history, model, target, history), TypeError, "`gradient_flow` must be"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            kso.report(*arguments)
+    (directory / "second.csv").write_text("epoch\n")
+    with pytest.raises(ValueError, match="one .csv file"):
+        kso.report(directory, model, target)
+    assert not target.exists()
+
+
+def test_gradient_flow_writes_what_it_measures(run):
+    directory, model, flow, _ = run
+    lines = (directory / "gradient_flow.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == flow.history and len(lines) == 8
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
+    events.Reload()
+    tags = set(events.Tags()["tensors"])
+    names = [layer.name for layer in kso.sparse_layers(model)]
+    for name in ("skew_angle", "skew_jump", "effective_gradient_flow", "gradient_flow"):
+        values = [float(array(np.frombuffer(e.tensor_proto.tensor_content or
+                  np.float32(e.tensor_proto.float_val[0]).tobytes(), "float32"))[0])
+                  for e in events.Tensors(name)]  # fmt: skip
+        np.testing.assert_allclose(values, [entry[name] for entry in flow.history], rtol=1e-5)
+    for name in names:
+        for measure in ("sparsity", "churn", "angle", "angle_jump", "spread", "fan_in", "fan_out",
+                        "amplification"):  # fmt: skip
+            assert f"{measure}/{name}" in tags
+    assert [e.step for e in events.Tensors(f"fan_in/{names[0]}")] == list(range(3, 25, 3))
+
+
+def test_gradient_flow_log_goes_on_after_a_crash(tmp_path):
+    """What came after the backup is measured again; what came before it stays."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for directory in (straight, killed):
+        directory.mkdir()
+    _, whole, _ = fit(straight)
+
+    class Crash(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if int(array(self.model.optimizer.iterations)) == 13:
+                raise KeyboardInterrupt
+
+    def again(crash):
+        keras.utils.set_random_seed(0)
+        model = compiled(mlp(), kso.SparseOpt("sgd"), metrics=["accuracy"])
+        x, y = data(64)
+        flow = kso.GradientFlow(3, log_dir=killed)
+        callbacks = [kso.RigL(3, 0.5, end_step=100), flow, kso.BackupAndRestore(killed / "b")]
+        model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[*callbacks, *crash],
+                  shuffle=False)  # fmt: skip
+        return flow
+
+    with pytest.raises(KeyboardInterrupt):
+        again([Crash()])
+    assert len((killed / "gradient_flow.jsonl").read_text().splitlines()) == 4  # 3, 6, 9, 12
+    with (killed / "gradient_flow.jsonl").open("a") as file:
+        file.write('{"step": 15, "lay')  # killed while writing
+    flow = again([])
+    assert [entry["step"] for entry in flow.history] == [entry["step"] for entry in whole.history]
+    lines = (killed / "gradient_flow.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == flow.history
+
+
+def test_jumps_are_what_the_update_did(run):
+    """The same gradient seen through the masks before and after."""
+    _, model, flow, _ = run
+    first, second = flow.history[:2]
+    for layer in first["layers"]:
+        assert layer["angle_jump"] is layer["spread_jump"] is layer["churn"] is None
+    hidden = second["layers"][0]
+    assert hidden["churn"] > 0 and hidden["angle_jump"] != 0
+    assert second["skew_jump"] == pytest.approx(abs(hidden["angle_jump"]))
+    masks, gradients = [], []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kernel = self.model.optimizer.sparse_kernels[0]
+            masks.append(array(kernel.topology.mask))
+            gradients.append(array(self.model.optimizer.dense_gradient(kernel)))
+
+    x, y = data(64)
+    flow = kso.GradientFlow(1)
+    model.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=[
+        kso.RigL(3, 0.5, end_step=100), flow, Look()])  # fmt: skip
+    for before, now, gradient, entry in zip(masks, masks[1:], gradients[1:], flow.history[1:]):
+        layer = entry["layers"][0]
+        old, new = (kso.gradient_skew(mask, gradient) for mask in (before, now))
+        assert layer["angle_jump"] == pytest.approx(new["angle"] - old["angle"])
+        assert layer["spread_jump"] == pytest.approx(new["spread"] - old["spread"])
+        assert layer["churn"] == pytest.approx(1 - (before & now).sum() / (before | now).sum())
+
+
+def test_log_dir_needs_tensorflow(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ImportError, match="`log_dir` .* needs TensorFlow"):
+        kso.GradientFlow(log_dir=tmp_path)
+    kso.GradientFlow()
