@@ -12,8 +12,41 @@ NORMALIZATIONS = {
 ACTIVATIONS = {
     "relu": layers.ReLU,
     "swish": lambda: layers.Activation("swish"),
-    "prelu": lambda: layers.PReLU(shared_axes=[1, 2]),
+    "prelu": lambda: layers.PReLU(),
+    "prelu_by_channel": lambda: layers.PReLU(shared_axes=[1, 2]),
 }
+
+
+def mlp(
+    input_shape, classes, width, hidden=3, weight_decay=0.0, bn_momentum=0.9,
+    normalization="batch", activation="relu",
+):  # fmt: skip
+    """Hidden layers of one width, each with a normalization and an activation.
+
+    Args:
+        input_shape: Shape of an example; flattened.
+        classes: Int, number of outputs (logits).
+        width: Int, units of every hidden layer.
+        hidden: Int, number of hidden layers.
+        weight_decay: Coupled weight decay of the kernels, as in `resnet`.
+        bn_momentum: Momentum of the moving averages.
+        normalization: A key of `NORMALIZATIONS`.
+        activation: A key of `ACTIVATIONS`.
+    """
+    inputs = keras.Input(input_shape)
+    x = layers.Flatten()(inputs)
+    momentum = {"momentum": bn_momentum} if normalization == "batch" else {}
+    for i in range(hidden):
+        x = layers.Dense(
+            width,
+            kernel_initializer="he_normal",
+            kernel_regularizer=_l2(weight_decay),
+            name=f"hidden{i + 1}",
+        )(x)
+        x = NORMALIZATIONS[normalization](name=f"hidden{i + 1}_bn", **momentum)(x)
+        x = ACTIVATIONS[activation]()(x)
+    outputs = layers.Dense(classes, kernel_regularizer=_l2(weight_decay), name="classifier")(x)
+    return keras.Model(inputs, outputs, name="mlp")
 
 
 def resnet(

@@ -249,12 +249,12 @@ def train(data, setting):
     }
 
 
-def full(setting):
+def full(setting, defaults=DEFAULTS):
     """A setting with its defaults."""
-    unknown = set(setting) - set(DEFAULTS)
+    unknown = set(setting) - set(defaults)
     if unknown:
         raise ValueError(f"The setting holds unknown keys: {sorted(unknown)}")
-    return {**DEFAULTS, **setting}
+    return {**defaults, **setting}
 
 
 # ------------------------------------------------------------------------------ all trainings
@@ -264,68 +264,73 @@ class Record:
     """The JSON file of all trainings; what is in it already is not trained again.
 
     Written after every training, so the command can be stopped and run again.
+
+    Args:
+        path: `pathlib.Path` of the file.
+        command: String, by which it was made.
+        defaults: Dict; settings hold what differs from it.
     """
 
-    def __init__(self, path, command):
-        self.path = path
-        defaults = json.loads(json.dumps(DEFAULTS))
-        self.content = {"command": command, **facts(), "defaults": defaults, "runs": []}
+    def __init__(self, path, command, defaults=DEFAULTS):
+        self.path, self.defaults = path, defaults
+        written = json.loads(json.dumps(defaults))
+        self.content = {"command": command, **facts(), "defaults": written, "runs": []}
         if path.exists():
             known = json.loads(path.read_text())
-            if known["defaults"] != defaults:
+            if known["defaults"] != written:
                 raise SystemExit(f"{path} was made with other defaults; move it away.")
-            self.content["runs"] = known["runs"]
-        self.results = {_key(run["setting"]): run["result"] for run in self.content["runs"]}
+            self.content = {**known, **self.content, "runs": known["runs"]}
+        self.results = {self.key(run["setting"]): run["result"] for run in self.content["runs"]}
+
+    def key(self, setting):
+        return json.dumps(full(setting, self.defaults), sort_keys=True)
 
     def __contains__(self, setting):
-        return _key(setting) in self.results
+        return self.key(setting) in self.results
 
     def __getitem__(self, setting):
-        return self.results[_key(setting)]
+        return self.results[self.key(setting)]
 
     def add(self, setting, result):
-        setting = {key: value for key, value in full(setting).items() if value != DEFAULTS[key]}
-        self.content["runs"].append({"setting": setting, "result": result})
-        self.results[_key(setting)] = result
+        setting = json.loads(self.key(setting))
+        differs = {k: v for k, v in setting.items() if v != self.content["defaults"][k]}
+        self.content["runs"].append({"setting": differs, "result": result})
+        self.results[self.key(setting)] = result
         self.write()
 
     def write(self):
         """One line per training."""
         runs = ",\n".join("  " + json.dumps(run) for run in self.content["runs"])
         rest = {key: value for key, value in self.content.items() if key != "runs"}
-        text = json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
+        head = json.dumps(rest, indent=1).removesuffix("\n}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".tmp")
-        aside.write_text(text)
+        aside.write_text(f'{head},\n "runs": [\n{runs}\n ]\n}}\n')
         aside.replace(self.path)
-
-
-def _key(setting):
-    return json.dumps(full(setting), sort_keys=True)
 
 
 _worker: dict = {}
 
 
-def _start_worker(data_dir, quick):
+def _start_worker(data_dir, quick, train):
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    _worker["data"] = made_up() if quick else load(data_dir)
+    _worker.update(data=made_up() if quick else load(data_dir), train=train)
 
 
 def _run(setting):
-    return setting, train(_worker["data"], setting)
+    return setting, _worker["train"](_worker["data"], setting)
 
 
-def train_all(settings, record, data_dir=None, quick=False, jobs=1):
+def train_all(settings, record, data_dir=None, quick=False, jobs=1, train=train):
     """Train what is not in the record yet, `jobs` at a time, in processes with a thread each."""
-    missing = list({_key(s): s for s in settings if s not in record}.values())
+    missing = list({record.key(s): s for s in settings if s not in record}.values())
     if not missing:
         return
     pool = multiprocessing.get_context("spawn").Pool(
-        jobs, _start_worker, (data_dir, quick), maxtasksperchild=20
+        jobs, _start_worker, (data_dir, quick, train), maxtasksperchild=20
     )
     with pool:
         results = pool.imap_unordered(_run, missing)

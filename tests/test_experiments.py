@@ -133,15 +133,14 @@ def test_comparison_by_hand(proxy, experiments, tmp_path):
     assert np.isnan(experiments.steps_to_reach(record[{"exponent": 0.0}], 0.9))
 
 
-def test_record_refuses_other_defaults(proxy, tmp_path, monkeypatch):
+def test_record_refuses_other_defaults(proxy, tmp_path):
     record = proxy.Record(tmp_path / "r.json", "")
     record.add({"seed": 1}, {"test_accuracy": [0.5]})
     again = proxy.Record(tmp_path / "r.json", "")
     assert {"seed": 1} in again and {"seed": 2} not in again
     assert {"seed": 1, "epochs": proxy.DEFAULTS["epochs"]} in again
-    monkeypatch.setitem(proxy.DEFAULTS, "epochs", 7)
     with pytest.raises(SystemExit, match="other defaults"):
-        proxy.Record(tmp_path / "r.json", "")
+        proxy.Record(tmp_path / "r.json", "", {**proxy.DEFAULTS, "epochs": 7})
     with pytest.raises(ValueError, match="unknown keys: \\['sparsty'\\]"):
         proxy.full({"sparsty": 0.9})
 

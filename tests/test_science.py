@@ -1,0 +1,199 @@
+"""The small laboratories among the examples: their arithmetic by hand, and that they run."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import array
+
+import keras_sparseopt as kso
+
+pytestmark = [
+    pytest.mark.backend("tensorflow"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+# -------------------------------------------------------------------------- student and teacher
+
+
+def test_balance_is_conserved_the_better_the_smaller_the_steps(monkeypatch):
+    """Half the steps' size, twice as many: half the drift. With and without normalization, HAM."""
+    import student_teacher as st
+
+    monkeypatch.setattr(st, "EXAMPLES", 256)
+    for normalized, ham in ((False, False), (False, True), (True, True)):
+        setting = {
+            "fan_ins": [8, 2], "normalized": normalized, "corrected": True, "ham": ham,
+            "sparse_initialization": False, "seed": 0,
+        }  # fmt: skip
+        coarse = st.drift(st.train(setting, learning_rate=0.02, steps=100))
+        fine = st.drift(st.train(setting, learning_rate=0.01, steps=200))
+        assert fine < 0.05 and fine == pytest.approx(coarse / 2, rel=0.3)
+
+
+def test_without_the_correction_in_it_the_balance_is_not_conserved(monkeypatch):
+    import student_teacher as st
+
+    monkeypatch.setattr(st, "EXAMPLES", 256)
+    setting = {
+        "fan_ins": [32, 2], "normalized": False, "corrected": True, "ham": False,
+        "sparse_initialization": False, "seed": 0,
+    }  # fmt: skip
+    times = st.train(setting, steps=100)
+    assert st.drift(times) < 0.02
+    terms = np.array(times["terms"]).copy()
+    density = np.array([1.0, 2 / 32])
+    terms[:, 0] *= np.sqrt(density / density.mean())  # Σ Ψ(w), not divided by c
+    wrong = {"terms": terms, "conserved": terms[:, 0] - terms[:, 1]}
+    assert st.drift(wrong) > 0.2
+
+
+def test_potential_of_the_hyperbolic_flow():
+    import student_teacher as st
+
+    v, alpha, h = np.array([-0.7, 0.3, 2.0]), 5.0, 1e-6
+    slope = (st.psi(v + h, alpha) - st.psi(v - h, alpha)) / (2 * h)
+    np.testing.assert_allclose(slope, v / (1 + alpha * np.abs(v)), rtol=1e-6)
+    np.testing.assert_allclose(st.psi(v, 0), v**2 / 2)
+
+
+def test_student_teacher_runs(tmp_path, monkeypatch, capsys):
+    import student_teacher as st
+
+    monkeypatch.setattr(st, "FAN_INS", (8, 4))
+    monkeypatch.setattr(st, "ONE", {"one": {}, "HAM": {"ham": True}})
+    monkeypatch.setattr(st, "RECORD_EVERY", 10)
+    content = st.main(["--quick", "--output", str(tmp_path)])
+    assert set(content["turning_exponent"]) == {"one", "HAM"} and len(content["drift"]) == 8
+    assert (tmp_path / "student_teacher.png").read_bytes().startswith(b"\x89PNG")
+    assert "exponent of the turning rate" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- equal capacities
+
+
+@pytest.mark.parametrize("family", ["mlp", "resnet"])
+def test_same_capacity(family):
+    """In every layer as many active weights, and the very same initial values."""
+    import capacity_comparison as cc
+
+    build = cc.family_of({**cc.DEFAULTS, "family": family}, (16, 16, 3))
+    dense, sparse = cc.same_capacity(build, *cc.WIDTHS[family], seed=3)
+    pairs = list(zip(kso.sparse_layers(dense), kso.sparse_layers(sparse), strict=True))
+    assert len(pairs) == {"mlp": 4, "resnet": 10}[family]
+    for one, other in pairs:
+        assert one.sparsity == 0 and (other.sparsity > 0.7 or other.name == "stem")
+        mask, values = array(other.kernel_mask), array(other.kernel)
+        np.testing.assert_array_equal(np.sort(values[mask]), np.sort(array(one.kernel).ravel()))
+        assert not values[~mask].any()
+
+
+def test_pruning_ends_at_the_narrow_networks_size():
+    import capacity_comparison as cc
+
+    (images, labels), _ = data = __import__("proxy").made_up()
+    result = cc.train(data, {"family": "resnet", "network": "gmp", "epochs": 4})
+    build = cc.family_of({**cc.DEFAULTS, "family": "resnet"}, images.shape[1:])
+    narrow, _ = cc.same_capacity(build, *cc.WIDTHS["resnet"], seed=0)
+    assert result["active_weights"] == [
+        int(np.prod(x.kernel.shape)) for x in kso.sparse_layers(narrow)
+    ]
+
+
+def test_wilcoxon_by_hand():
+    import capacity_comparison as cc
+
+    assert cc.wilcoxon([1, 2, 3, 4, 5, 6]) == pytest.approx(2 / 2**6)  # all of one sign
+    assert cc.wilcoxon([0, 0, 0]) == 1.0
+
+
+def test_capacity_comparison_runs(tmp_path):
+    import capacity_comparison as cc
+
+    only = ["--only", "adagrad, batch"]
+    content = cc.main(["--quick", "--output", str(tmp_path), *only])
+    assert [row["label"] for row in content["comparisons"]] == ["adagrad, batch"]
+    for row in content["comparisons"]:
+        assert row["seeds"] == 2 and row["difference"] == pytest.approx(
+            row["sparse"] - row["dense"]
+        )
+        assert min(row["effective_gradient_flow"]) > 0
+    assert (tmp_path / "capacity_comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ----------------------------------------------------------------------------------- the skew
+
+
+def test_angles_by_hand():
+    import skew
+
+    one, two = [np.array([[1.0, 0.0]])], [np.array([[0.0, 1.0]])]
+    assert skew.angle(one, two) == pytest.approx(90)
+    mask = [np.array([[True, True], [False, True]])]
+    g = [np.array([[1.0, 1.0], [5.0, 0.0]])]
+    assert skew.angle_of_surviving(g, mask, g, mask, 0.5) == pytest.approx(0, abs=1e-5)
+    # The second neuron loses a connection: its factor falls from √(4/3) to √1, the first rises.
+    now = [np.array([[True, True], [False, False]])]
+    turned = skew.angle_of_surviving(g, mask, g, now, 0.5)
+    before = np.degrees(np.arctan(np.sqrt(2)))
+    assert turned == pytest.approx(before - 45)
+    assert skew.angle_of_surviving(g, mask, g, now, 0.0) == pytest.approx(0, abs=1e-5)
+
+
+def test_probe_equals_a_training_step_and_changes_nothing():
+    import proxy
+    import skew
+
+    setting = proxy.full({"widths": (8,), "weight_decay": 0.0})
+    model = proxy.make_model((16, 16, 3), setting)
+    model.compile(kso.SparseOpt("sgd"), loss=keras.losses.SparseCategoricalCrossentropy(True))
+    (images, labels), _ = proxy.made_up()
+    images, labels = images[:128], labels[:128]
+    probe = skew.Probe(model, images, labels)
+    before = [array(v) for v in model.variables]
+    loss, gradients = probe()
+    for old, new in zip(before, model.variables):
+        np.testing.assert_array_equal(old, array(new))
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.open_taps()
+    assert model.train_on_batch(images, labels) == pytest.approx(loss, rel=1e-5)
+    for kernel, gradient in zip(model.optimizer.sparse_kernels, gradients):
+        np.testing.assert_allclose(
+            array(model.optimizer.dense_gradient(kernel)), gradient, atol=1e-5
+        )
+
+
+def test_turning_exponent_of_known_turns():
+    """Neurons that turn by an angle of 0.001 · fan-in^(−½)."""
+    import skew
+
+    layer = kso.SparseConv2D(4, 1, use_bias=False)
+    model = keras.Sequential([keras.Input((1, 1, 16)), layer])
+    mask = np.zeros((1, 1, 16, 4), bool)
+    for neuron, fan_in in enumerate([2, 4, 8, 16]):
+        mask[0, 0, :fan_in, neuron] = True
+    kso.set_mask(layer, mask)
+    turning = skew.Turning(every=100)
+    turning.set_model(model)
+    weights = mask.astype("float32")
+    weights[0, 0, 1] = 0  # room for a second direction
+    for step in range(1, 36):
+        if step == 35:
+            weights[0, 0, 1] = (
+                0.001 * np.array([2, 4, 8, 16]) ** -0.5 * np.linalg.norm(weights[0, 0], axis=0)
+            )
+        layer.kernel.assign(weights)
+        turning.on_train_batch_end(step)
+    (window,) = turning.windows
+    assert window["step"] == 35 and window["exponent"] == pytest.approx(-0.5, abs=0.05)
+
+
+def test_skew_runs(tmp_path, monkeypatch):
+    import skew
+
+    monkeypatch.setattr(skew, "EXPONENTS", (0.0, 0.5))
+    content = skew.main(["--quick", "--output", str(tmp_path)])
+    assert set(content["jumps"]) == set(content["correlation"]) and len(content["turning"]) == 4
+    for cells in content["jumps"].values():
+        assert 0 < cells["angle_raw"]["mean"] < 90
+    assert (tmp_path / "skew.png").read_bytes().startswith(b"\x89PNG")
