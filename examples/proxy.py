@@ -79,7 +79,10 @@ def made_up():
 
 
 class Batches(keras.utils.PyDataset):
-    """Shuffled and flipped by (seed, epoch) only; Keras' epochs are pieces of the real ones."""
+    """Shuffled and flipped by (seed, epoch) only; Keras' epochs are pieces of the real ones.
+
+    Keras calls `on_epoch_end` once before it trains: the first epoch begins at its second piece.
+    """
 
     def __init__(self, images, labels, seed):
         super().__init__()

@@ -13,26 +13,30 @@ On the small task of `proxy.py` (CIFAR-10 at 16×16 pixels, ResNet, 95 % sparse)
 3. Turning: by how many degrees does a neuron's weight vector turn in 30 steps, and how does that
    depend on its fan-in k? Fitted within layers: angle ∝ k^x. x = 0 would mean that no neuron
    is favoured: what a correction is for. Static masks; exponents p of the correction
-   ((1 − s_i)/(1 − s_avg))^p, and both initializations.
+   ((1 − s_i)/(1 − s_avg))^p, both initializations, and a learning rate a hundred times smaller.
+
+Trainings that are in the file already are not repeated.
 """
 
 import argparse
 import itertools
-import json
 import pathlib
 
 import keras
 import numpy as np
-from proxy import Batches, confidence, full, load, made_up, make_callbacks, make_model
+from proxy import Batches, Record, confidence, full, load, made_up, make_callbacks, make_model
 from proxy import make_optimizer as proxy_optimizer
-from record import facts
 
 import keras_sparseopt as kso
 
 WINDOW = range(-5, 21)  # steps around a mask update
 TURN = (5, 35)  # steps after an update between which neurons are watched
 PROBE_EXAMPLES = 512
-EXPONENTS = (0.0, 0.5, 1.0)  # of the corrections compared by how they turn neurons
+# Whose turning is compared: exponent of the correction, He by actual fan-in, learning rate.
+STILL = [
+    *itertools.product((0.0, 0.5, 1.0), (False, True), (0.1,)),
+    *itertools.product((0.0, 0.5), (False,), (0.001,)),
+]
 
 
 class Probe:
@@ -75,6 +79,9 @@ def masks_of(model):
 
 
 def factor(mask, exponent):
+    """The correction's; 1 for the classifier, which feeds no normalization."""
+    if mask.ndim == 2:
+        return 1.0
     density = mask.mean(axis=tuple(range(mask.ndim - 1)))
     return (density / density.mean()) ** exponent
 
@@ -99,9 +106,9 @@ def angle_of_surviving(g, m, g2, m2, exponent):
 class AroundUpdates(keras.callbacks.Callback):
     """Loss around mask updates, and what they do to the gradient. First in the callbacks."""
 
-    def __init__(self, probe, update_every, last_update, exponent):
+    def __init__(self, probe, update_every, last_update):
         super().__init__()
-        self.probe, self.exponent = probe, exponent
+        self.probe = probe
         self.updates = range(update_every, last_update, update_every)
         self.loss: dict = {}  # (update, offset) → loss; offset 0 is before the update
         self.jumps: list = []
@@ -207,7 +214,7 @@ def train(data, setting):
     )
     probe = Probe(model, images[:PROBE_EXAMPLES], labels[:PROBE_EXAMPLES])
     every = setting["update_every"]
-    around = AroundUpdates(probe, every, int(0.75 * steps), setting["exponent"])
+    around = AroundUpdates(probe, every, int(0.75 * steps))
     turning, measured = Turning(every), Measured()
     moving = setting["method"] != "static"
     callbacks = [*make_callbacks(setting), measured, turning]
@@ -229,9 +236,10 @@ def settings(seeds, quick):
     shortened = {"epochs": 1, "widths": (8,), "update_every": 40} if quick else {}
     moving = [{"method": "rigl", "epochs": 2, "exponent": p} for p in (0.0, 0.5)]
     still = [
-        {"method": "static", "epochs": 1, "exponent": p, "sparse_initialization": sparse}
-        for p, sparse in itertools.product(EXPONENTS, (False, True))
-    ]
+        {"method": "static", "epochs": 1, "exponent": p, "sparse_initialization": sparse,
+         "learning_rate": rate}
+        for p, sparse, rate in STILL
+    ]  # fmt: skip
     return [{**s, **shortened, "seed": seed} for s in (*moving, *still) for seed in range(seeds)]
 
 
@@ -260,9 +268,10 @@ def summary(runs):
                 )
                 for measure in results[0]["jumps"][0]
             }
-    for p, sparse in itertools.product(EXPONENTS, (False, True)):
-        results = of(runs, method="static", exponent=p, sparse_initialization=sparse)
-        name = f"p = {p:g}, He by {'actual' if sparse else 'dense'} fan-in"
+    for p, sparse, rate in STILL:
+        wanted = {"exponent": p, "sparse_initialization": sparse, "learning_rate": rate}
+        results = of(runs, method="static", **wanted)
+        name = f"p = {p:g}, He by {'actual' if sparse else 'dense'} fan-in, lr {rate:g}"
         windows = [[window["exponent"] for window in r["turning"]] for r in results]
         if windows[0]:
             found["turning"][name] = {
@@ -333,31 +342,31 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_dir", help="where tfds keeps (or puts) CIFAR-10")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="made-up data, few steps, two seeds")
+    parser.add_argument(
+        "--quick", action="store_true", help="made-up data, few steps, two seeds; into quick/"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds = 2
+        args.seeds, args.output = 2, args.output / "quick"
     data = made_up() if args.quick else load(args.data_dir)
     if args.quick:  # a short epoch, over and over
         data = [(np.tile(data[0][0], (10, 1, 1, 1)), np.tile(data[0][1], 10)), data[1]]
+    command = f"python examples/skew.py --seeds {args.seeds}" + " --quick" * args.quick
+    record = Record(args.output / "skew.json", command)
     runs = []
     for setting in settings(args.seeds, args.quick):
-        runs.append((setting, train(data, setting)))
+        if setting not in record:
+            record.add(setting, train(data, setting))
+        runs.append((setting, record[setting]))
         print(f"{len(runs)}: {setting}", flush=True)
     found = summary(runs)
     print(*text(found), sep="\n")
-    args.output.mkdir(parents=True, exist_ok=True)
-    picture(runs, found, args.output / "skew.png")
-    content = {
-        "command": f"python examples/skew.py --seeds {args.seeds}" + " --quick" * args.quick,
-        **facts(),
-        **found,
-        "runs": [{"setting": setting, "result": result} for setting, result in runs],
-    }
-    (args.output / "skew.json").write_text(json.dumps(content) + "\n")
+    picture(runs, found, record.path.with_suffix(".png"))
+    record.content.update(found)
+    record.write()
     print(f"→ {args.output}/skew.json, skew.png")
-    return content
+    return record.content
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Measures of sparse training: reads, never writes, returns plain numbers and dicts."""
 
+import collections
 import math
 
 import keras
@@ -228,7 +229,8 @@ def _angle(a, b):
     norms = np.linalg.norm(a) * np.linalg.norm(b)
     if norms == 0:
         return 0.0
-    return math.degrees(math.acos(min(1.0, float((a * b).sum() / norms))))
+    cosine = float((a * b).sum() / norms)
+    return math.degrees(math.acos(min(1.0, cosine))) if math.isfinite(cosine) else math.nan
 
 
 def measured_skew(model):
@@ -240,10 +242,10 @@ def measured_skew(model):
     theory_i   = √(mean (1 − s)) / √(1 − s_i)
     ```
 
-    For every sparse layer whose output goes straight into a Batch Normalization. Theory takes a
-    neuron's weights to be of equal variance, and its inputs independent: true at initialization by
-    the dense fan-in, less and less so as neurons grow at different speeds. The moving variances lag
-    behind the weights by some steps.
+    For every sparse layer whose output goes straight into a Batch Normalization of its neurons.
+    Theory takes a neuron's weights to be of equal variance, and its inputs independent: true at
+    initialization by the dense fan-in, less and less so as neurons grow at different speeds. The
+    moving variances lag behind the weights by some steps.
 
     Args:
         model: Functional or Sequential model with sparse layers, whose moving variances have been
@@ -278,15 +280,18 @@ def measured_skew(model):
     """
     if functional_of(model) is None:
         raise TypeError(
-            f"`model` must be Functional or Sequential. Received: {type(model).__name__}"
+            "`model` must be a built Functional or Sequential model. Received: "
+            f"{type(model).__name__}, built={model.built}"
         )
     graph, rows = Graph(model), []
-    for layer in sparse_layers(model):
+    for name, layer in _named_layers(model):
         normalization = graph.batch_normalization_of(layer)
         if normalization is None:
             continue
         density = (1 - layer.neuron_sparsity).ravel()
         variance = host(normalization.moving_variance) + normalization.epsilon
+        if variance.shape != density.shape:  # it normalizes several neurons together
+            continue
         alive = (density > 0) & (variance > 0)
         sides = []
         for square in (variance, density):
@@ -298,7 +303,7 @@ def measured_skew(model):
         correlation = float(np.corrcoef(*logs)[0, 1]) if spread > 1e-6 else math.nan
         rows.append(
             {
-                "name": layer.name,
+                "name": name,
                 "measured": sides[0],
                 "theory": sides[1],
                 "correlation": correlation,
@@ -314,9 +319,14 @@ def connectivity(model):
         model: Built Keras model with sparse layers.
 
     Returns:
-        List of dicts, one per sparse layer: `name`, `sparsity`, `fan_in` (NumPy int array, active
-        incoming weights of every neuron), `fan_out` (active weights that leave every input
-        channel), `dead_neurons` (neurons without active weights) and `dead_inputs`.
+        List of dicts, one per sparse layer: `name` (made unique where nested models repeat one),
+        `sparsity`, `fan_in` (NumPy int array, active incoming weights of every neuron), `fan_out`
+        (active weights that leave every input channel; of a grouped convolution every channel of
+        a group, over all groups), `dead_neurons` (neurons without active weights) and
+        `dead_inputs`.
+
+    Raises:
+        ValueError: If a sparse layer is not built.
 
     Example:
 
@@ -330,11 +340,11 @@ def connectivity(model):
     ```
     """
     rows = []
-    for layer in sparse_layers(model):
-        into, out = fan_in_and_out(layer.kernel_mask, layer.kernel.topology.neuron_axes)
+    for name, layer in _named_layers(model):
+        into, out = fan_in_and_out(layer.kernel.topology)
         rows.append(
             {
-                "name": layer.name,
+                "name": name,
                 "sparsity": layer.sparsity,
                 "fan_in": into,
                 "fan_out": out,
@@ -345,12 +355,31 @@ def connectivity(model):
     return rows
 
 
-def fan_in_and_out(mask, neuron_axes):
+def fan_in_and_out(topology):
     """Active weights that enter every neuron, and that leave every input channel."""
-    mask = host(mask)
-    axes = fan_in_axes(mask.ndim, neuron_axes)
-    channel = max(axes)  # the input channel is the last axis of the fan-in
-    return mask.sum(axis=axes), mask.sum(axis=tuple(a for a in range(mask.ndim) if a != channel))
+    mask = host(topology.mask)
+    sides = topology.neuron_axes, topology.input_axes
+    return tuple(mask.sum(axis=fan_in_axes(mask.ndim, axes)) for axes in sides)
+
+
+def unique_names(names):
+    """Names in the same order, with a number behind those that came before."""
+    counts: collections.Counter = collections.Counter()
+    unique = []
+    for name in names:
+        counts[name] += 1
+        unique.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
+    return unique
+
+
+def _named_layers(model):
+    layers = sparse_layers(model)
+    for layer in layers:
+        if not layer.built:
+            raise ValueError(
+                f"`model` must be built: call it once. Received: '{layer.name}' is not built"
+            )
+    return list(zip(unique_names([layer.name for layer in layers]), layers))
 
 
 def mask_overlap(masks, others):

@@ -17,6 +17,11 @@ from keras_sparseopt.conversion import sparse_layers
 from keras_sparseopt.devices import assert_replicas_agree, build_optimizer, check_fit
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
 
+NO_GRADIENT = (
+    "No dense gradient has arrived: the train step was compiled before `begin`, which then "
+    "returned True. Make the train step again after it."
+)
+
 
 def _required_sparse_opt(optimizer):
     found = sparse_opt_of(optimizer)
@@ -292,10 +297,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             # A layer that no loss depends on has none; its topology stays.
             kernels = [pair for pair, g in zip(kernels, gradients) if g.are_written]
             if not kernels:
-                raise ValueError(
-                    "No dense gradient has arrived: the train step was compiled before "
-                    "`begin`, which then returned True. Make the train step again after it."
-                )
+                raise ValueError(NO_GRADIENT)
             if not all(g.are_finite for g in gradients if g.are_written):
                 return self._keep_masks("the dense gradient is")
         if not all(_Values(kernel).are_finite for _, kernel in kernels):

@@ -21,14 +21,16 @@ class Topology:
     Attributes:
         mask: Bool `keras.Variable` of the kernel's shape, owned by the layer.
         neuron_axes: Tuple of ints, the kernel axes that index neurons.
+        input_axes: Tuple of ints, the kernel axes that index input channels.
         skew_correction: Bool, whether `SparseOpt` may correct this kernel's gradient.
         name: String, the layer's name.
         budget: Int, the active weights that the layer was made with.
     """
 
-    def __init__(self, mask, neuron_axes, skew_correction, name, budget):
+    def __init__(self, mask, neuron_axes, input_axes, skew_correction, name, budget):
         self.mask = mask
         self.neuron_axes = neuron_axes
+        self.input_axes = input_axes
         self.skew_correction = skew_correction
         self.name = name
         self.budget = budget
@@ -97,6 +99,9 @@ class SparseLayer(keras.layers.Layer):
     def _find_neuron_axes(self, rank):
         return (rank - 1,)
 
+    def _find_input_axes(self, rank):
+        return (rank - 2,)
+
     def add_weight(self, *args, **kwargs):
         if kwargs.get("name") != "kernel":
             return super().add_weight(*args, **kwargs)
@@ -134,7 +139,12 @@ class SparseLayer(keras.layers.Layer):
             self.kernel_mask._layout = kernel._layout
             self.kernel_mask.assign(self.kernel_mask.value)
         kernel.topology = Topology(
-            self.kernel_mask, neuron_axes, self._skew_correction, self.name, int(mask.sum())
+            self.kernel_mask,
+            neuron_axes,
+            self._find_input_axes(len(shape)),
+            self._skew_correction,
+            self.name,
+            int(mask.sum()),
         )
         return kernel
 
@@ -303,6 +313,9 @@ class SparseEinsumDense(SparseLayer, keras.layers.EinsumDense):
         operands, output = self.equation.replace("...", "").replace(" ", "").split("->")
         labels = operands.split(",")[1]
         return tuple(axis for axis in range(rank) if labels[axis] in output)
+
+    def _find_input_axes(self, rank):
+        return masks.fan_in_axes(rank, self._find_neuron_axes(rank))
 
 
 _LAST_AXIS = "A neuron is one output unit: the last axis of the kernel."

@@ -111,7 +111,7 @@ class RigL(DynamicSparseTraining):
         topology = kernel.topology
         if self.growth_gradient == "corrected" and topology.skew_correction:
             mask = ops.convert_to_tensor(topology.mask)
-            scale = masks.correction(mask, topology.neuron_axes)
+            scale = self.optimizer.correction(mask, topology.neuron_axes)
             scores = scores * ops.cast(scale, scores.dtype)
         return scores
 

@@ -1,12 +1,13 @@
 """Callbacks that measure while a model trains."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
 
 from keras_sparseopt import analysis, masks
-from keras_sparseopt.callbacks import DynamicSparseTraining
+from keras_sparseopt.callbacks import NO_GRADIENT, DynamicSparseTraining
 from keras_sparseopt.devices import worker_index
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
 
@@ -23,7 +24,8 @@ class GradientFlow(DynamicSparseTraining):
         skew_angle              = mean angle, in degrees, between g ⊙ mask and its correction
                                   by √(1 − s_i), over the layers that may be corrected
         skew_jump               = mean | angle with the masks of now − angle with the masks of the
-                                  last measurement |, of the same g: what mask updates did to it
+                                  last measurement |, of the same g: what mask updates did to it;
+                                  NaN in the logs at the first measurement of a `fit`
     ```
 
     Put it before the method (`RigL`, …) in the list of callbacks to measure the masks that the step
@@ -37,14 +39,16 @@ class GradientFlow(DynamicSparseTraining):
         log_dir: Folder to write to while training, or `None` (default): `gradient_flow.jsonl`, a
             line per measurement, which `report` reads and a resumed training continues; and
             events for TensorBoard with all measures as scalars, by layer too, and histograms of
-            fan-in, fan-out and amplification. Needs TensorFlow, on every backend.
+            fan-in, fan-out and amplification. One folder per training and callback; a training
+            that starts at step 0 begins the file anew. Needs TensorFlow, on every backend.
 
     Attributes:
         history: List of dicts with `step`, the four measures above, and `layers`: dicts with
-            `name`, `effective_gradient_flow`, `angle`, `angle_jump`, `spread` (standard deviation
-            over mean of the amplification), `spread_jump`, `churn` (the share of connections that
-            are not common to the masks of now and of the last measurement) and `corrected`
-            (whether SparseOpt may correct the layer). The first measurement has no jumps: `None`.
+            `name` (unique), `effective_gradient_flow`, `angle`, `angle_jump`, `spread` (standard
+            deviation over mean of the amplification), `spread_jump`, `churn` (the share of
+            connections that are not common to the masks of now and of the last measurement) and
+            `corrected` (whether SparseOpt may correct the layer). The first measurement of a `fit`
+            has no jumps: `None`.
 
     Raises:
         ImportError: For a `log_dir` without TensorFlow.
@@ -77,7 +81,8 @@ class GradientFlow(DynamicSparseTraining):
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.history: list[dict] = []
         self._sink: _Sink | None = None
-        self._last_masks: dict[str, np.ndarray] = {}
+        self._last_masks: dict[int, np.ndarray] = {}
+        self._start = 0
         if log_dir is not None:
             _tensorflow()
 
@@ -89,41 +94,47 @@ class GradientFlow(DynamicSparseTraining):
         logs, self._logs = self._logs, {}
         super()._look_again()
         self._logs = logs  # the method logs the rest
+        if not self._last_masks:  # nothing measured yet: where this training goes on from
+            self._start = self._step
 
     def _is_due(self):
         return True
 
     def _update_masks(self):
         gradients, topologies, layers = [], [], []
-        for _, kernel in self._kernels():
+        kernels = self._kernels()
+        names = analysis.unique_names([kernel.topology.name for _, kernel in kernels])
+        for name, (index, kernel) in zip(names, kernels):
             gradient = masks.host(self.optimizer.dense_gradient(kernel))
             if (gradient == UNWRITTEN).all():  # no loss depends on this layer
                 continue
             mask = masks.host(kernel.topology.mask)
             gradients.append(gradient)
             topologies.append(mask)
-            layers.append(self._measure(kernel.topology, gradient, mask))
+            layers.append({"name": name, **self._measure(index, kernel.topology, gradient, mask)})
+        if not layers:
+            raise ValueError(NO_GRADIENT)
         corrected = [layer for layer in layers if layer["corrected"]]
-        jumps = [abs(layer["angle_jump"] or 0.0) for layer in corrected]
-        self._logs = {
+        jumps = [abs(v["angle_jump"]) for v in corrected if v["angle_jump"] is not None]
+        measured = {
             "effective_gradient_flow": analysis.effective_gradient_flow(
                 gradients, topologies, self.p
             ),
             "gradient_flow": analysis.gradient_flow(gradients, self.p),
             "skew_angle": _mean([layer["angle"] for layer in corrected]),
-            "skew_jump": _mean(jumps),
+            "skew_jump": _mean(jumps) if jumps or not corrected else None,
         }
+        self._logs = {k: math.nan if v is None else v for k, v in measured.items()}
         if self.log_dir is not None and self._sink is None and self._is_first_worker():
             self._sink = _Sink(self.log_dir)
-            self.history = self._sink.continued_before(self._step)
-        self.history.append({"step": self._step, **self._logs, "layers": layers})
+            self.history = self._sink.continue_from(self._start)
+        self.history.append({"step": self._step, **measured, "layers": layers})
         if self._sink is not None:
-            self._sink.write(self.history[-1], self.optimizer.sparse_kernels)
+            self._sink.write(self.history[-1], names, [kernel for _, kernel in kernels])
 
-    def _measure(self, topology, gradient, mask):
+    def _measure(self, index, topology, gradient, mask):
         skew = analysis.gradient_skew(mask, gradient, topology.neuron_axes)
         layer = {
-            "name": topology.name,
             "effective_gradient_flow": analysis.effective_gradient_flow([gradient], [mask], self.p),
             "angle": skew["angle"],
             "spread": skew["spread"],
@@ -132,13 +143,13 @@ class GradientFlow(DynamicSparseTraining):
             "churn": None,
             "corrected": topology.skew_correction,
         }
-        last = self._last_masks.get(topology.name)
+        last = self._last_masks.get(index)
         if last is not None:
             before = analysis.gradient_skew(last, gradient, topology.neuron_axes)
             layer["angle_jump"] = skew["angle"] - before["angle"]
             layer["spread_jump"] = skew["spread"] - before["spread"]
             layer["churn"] = 1.0 - analysis.mask_overlap([last], [mask])["total"]
-        self._last_masks[topology.name] = mask.copy()
+        self._last_masks[index] = mask.copy()
         return layer
 
     def _is_first_worker(self):
@@ -168,34 +179,34 @@ class _Sink:
         self.path = directory / LOG_FILE
         self.events = _tensorflow().summary.create_file_writer(str(directory))
 
-    def continued_before(self, step):
-        """What a training that is resumed had measured before this step; the rest is forgotten."""
-        entries = [entry for entry in read_log(self.path) if entry["step"] < step]
+    def continue_from(self, step):
+        """What had been measured up to the step that a training goes on from; the rest goes."""
+        entries = [entry for entry in read_log(self.path) if entry["step"] <= step]
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         return entries
 
-    def write(self, entry, kernels):
+    def write(self, entry, names, kernels):
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         summary, step = _tensorflow().summary, entry["step"]
         with self.events.as_default(step):
             for name, value in entry.items():
-                if name not in ("step", "layers"):
+                if name not in ("step", "layers") and value is not None:
                     summary.scalar(name, value)
             for layer in entry["layers"]:
                 for name, value in layer.items():
                     if name not in ("name", "corrected") and value is not None:
                         summary.scalar(f"{name}/{layer['name']}", value)
-            for kernel in kernels:
+            for name, kernel in zip(names, kernels):
                 topology = kernel.topology
-                into, out = analysis.fan_in_and_out(topology.mask, topology.neuron_axes)
+                into, out = analysis.fan_in_and_out(topology)
                 skew = analysis.gradient_skew(topology.mask, neuron_axes=topology.neuron_axes)
                 amplification = skew["amplification"]
-                summary.scalar(f"sparsity/{topology.name}", 1 - masks.host(topology.mask).mean())
-                summary.histogram(f"fan_in/{topology.name}", into)
-                summary.histogram(f"fan_out/{topology.name}", out)
+                summary.scalar(f"sparsity/{name}", 1 - masks.host(topology.mask).mean())
+                summary.histogram(f"fan_in/{name}", into)
+                summary.histogram(f"fan_out/{name}", out)
                 alive = amplification[~np.isnan(amplification)]
-                summary.histogram(f"amplification/{topology.name}", alive)
+                summary.histogram(f"amplification/{name}", alive)
         self.events.flush()
 
 

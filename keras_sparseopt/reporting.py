@@ -49,7 +49,8 @@ def report(history, model, directory="report", gradient_flow=None, title=None):
     Raises:
         ImportError: If Matplotlib is not installed.
         TypeError: If `model` is not a Keras model, or `history` is none of the above.
-        ValueError: If the model has no sparse layers, or the folder holds nothing to show.
+        ValueError: If the model has no sparse layers or is not built, or the folder holds nothing
+            to show.
 
     Example:
 
@@ -86,29 +87,59 @@ def report(history, model, directory="report", gradient_flow=None, title=None):
     if gradient_flow is not None:
         measured = gradient_flow.history
     _require_matplotlib()
-    figures = _figures(logs, measured, model)
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for name, (caption, figure) in figures.items():
+    pictures = {}
+    for name, (caption, figure) in _figures(logs, measured, model).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150, format="png")
-        (directory / f"{name}.png").write_bytes(buffer.getvalue())
-        sections.append((name, caption, base64.b64encode(buffer.getvalue()).decode()))
+        pictures[name] = caption, buffer.getvalue()
+    text = _page(title or model.name, _facts(logs, model), pictures, _table(model))
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, (_, png) in pictures.items():
+        (directory / f"{name}.png").write_bytes(png)
     page = directory / "index.html"
-    page.write_text(_page(title or model.name, _facts(logs, model), sections, _table(model)))
+    page.write_text(text, encoding="utf-8")
     return page
 
 
 # ------------------------------------------------------------------------------------- reading
 
 
+class _Log:
+    """One quantity over epochs: what was logged, and when (epochs count from 1)."""
+
+    def __init__(self, epochs, values):
+        # What is measured in every n-th epoch only has fewer entries.
+        stride = len(epochs) // len(values) if values else 1
+        pairs = [
+            (epoch, float(value))
+            for epoch, value in zip(epochs[stride - 1 :: stride], values)
+            if not np.isnan(value)
+        ]
+        self.epochs = [epoch for epoch, _ in pairs]
+        self.values = [value for _, value in pairs]
+
+
+def _logs_of(epochs, history):
+    """The scalars of a history, each as a `_Log`; a metric may log anything."""
+    scalars = {
+        name: list(values)
+        for name, values in history.items()
+        if all(np.ndim(value) == 0 for value in values)
+    }
+    count = max(map(len, scalars.values()), default=0)
+    if len(epochs) != count:
+        epochs = range(1, count + 1)
+    logs = {name: _Log(list(epochs), values) for name, values in scalars.items()}
+    return {name: log for name, log in logs.items() if log.values}
+
+
 def _read(history):
-    """(dict of lists of the epochs' logs, list of measurements)."""
+    """(dict of the epochs' logs, list of measurements)."""
     if isinstance(history, keras.callbacks.History):
-        return dict(history.history), []
+        return _logs_of([epoch + 1 for epoch in history.epoch], history.history), []
     if isinstance(history, dict):
-        return history, []
+        return _logs_of([], history), []
     if not isinstance(history, (str, pathlib.Path)):
         raise TypeError(
             "`history` must be what `fit` returned, a dict of lists, or a folder. "
@@ -132,15 +163,16 @@ def _read(history):
         with table.open(newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
-                    logs[name].append(_number(value))
-    logs.pop("epoch", None)
-    return dict(logs), measured
+                    if name is not None:  # a line with too many cells
+                        logs[name].append(_number(value))
+    epochs = [int(epoch) + 1 for epoch in logs.pop("epoch", []) if not np.isnan(epoch)]
+    return _logs_of(epochs, logs), measured
 
 
 def _number(text):
     try:
         return float(text)
-    except ValueError:  # CSVLogger writes NA
+    except (TypeError, ValueError):  # CSVLogger writes NA; a line may be cut off
         return np.nan
 
 
@@ -169,7 +201,7 @@ def _figures(logs, measured, model):
     if topology:
         figures["topology"] = (
             "The topology over epochs. ITOP rate: the share of weights that were ever active.",
-            _grid([(_TOPOLOGY[name], {"": logs[name]}) for name in topology], "epoch"),
+            _grid([(_TOPOLOGY[name], {"training": logs[name]}) for name in topology]),
         )
     figures["layers"] = (
         "Active weights of every sparse layer, as a share of its kernel.",
@@ -207,16 +239,15 @@ def _new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _grid(panels, xlabel, first=1):
-    """Panels of lines over epochs: list of (title, {label: values or (values, style)})."""
+def _grid(panels):
+    """Panels of lines over epochs: list of (title, {label: log})."""
     figure = _new_figure(3.1 * len(panels) + 0.4, 2.8)
     for axis, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for label, values in lines.items():
+        for label, log in lines.items():
             style = "--" if label == "validation" else "-"
-            marker = "o" if len(values) == 1 else None
-            x = range(first, first + len(values))
-            axis.plot(x, values, style, marker=marker, label=label, color="tab:blue")
-        axis.set(title=title, xlabel=xlabel)
+            marker = "o" if len(log.values) == 1 else None
+            axis.plot(log.epochs, log.values, style, marker=marker, color="tab:blue")
+        axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     return figure
 
@@ -228,17 +259,17 @@ def _curves(logs, metrics):
         if f"val_{name}" in logs:
             lines["validation"] = logs[f"val_{name}"]
         panels.append((name.replace("_", " "), lines))
-    return _grid(panels, "epoch")
+    return _grid(panels)
 
 
 def _bars(rows):
     figure = _new_figure(7.2, 1.2 + 0.22 * len(rows))
     axis = figure.subplots()
     densities = [1 - row["sparsity"] for row in rows]
-    bars = axis.barh([row["name"] for row in rows], densities, color="tab:blue")
+    bars = axis.barh(range(len(rows)), densities, color="tab:blue")
     axis.bar_label(bars, [f"{density:.1%}" for density in densities], padding=3, fontsize=8)
-    axis.set(xlabel="density", xlim=(0, 1.12 * max(densities)))
-    axis.tick_params(axis="y", labelsize=8)
+    axis.set(xlabel="density", xlim=(0, 1.12 * max(densities) or 1))
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axis.invert_yaxis()
     return figure
 
@@ -297,7 +328,7 @@ def _by_layer(measured, name):
 
 
 def _heat(axis, figure, names, steps, values, label, **style):
-    end = steps[-1] + (steps[-1] - steps[0]) / max(len(steps) - 1, 1) + 1e-9
+    end = steps[-1] + max((steps[-1] - steps[0]) / max(len(steps) - 1, 1), 1)
     mesh = axis.pcolormesh(
         [*steps, end], np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(values), **style
     )
@@ -307,12 +338,18 @@ def _heat(axis, figure, names, steps, values, label, **style):
     figure.colorbar(mesh, label=label)
 
 
+def _over_steps(axis, measured, name, label):
+    marker = "o" if len(measured) < 3 else None
+    pairs = [(entry["step"], entry[name]) for entry in measured if entry[name] is not None]
+    axis.plot(*zip(*pairs) if pairs else ([], []), marker=marker, label=label)
+
+
 def _gradient_flow(measured):
     names, steps, values = _by_layer(measured, "effective_gradient_flow")
     figure = _new_figure(9.5, max(3.0, 1.4 + 0.22 * len(names)))
     left, right = figure.subplots(1, 2)
     for name, label in (("effective_gradient_flow", "effective"), ("gradient_flow", "ordinary")):
-        left.plot(steps, [entry[name] for entry in measured], label=label)
+        _over_steps(left, measured, name, label)
     left.set(xlabel="step", title="gradient flow", yscale="log")
     left.grid(alpha=0.3)
     left.legend()
@@ -327,8 +364,8 @@ def _skew(measured):
     names, steps, values = _by_layer(measured, "angle")
     figure = _new_figure(9.5, max(3.0, 1.4 + 0.22 * len(names)))
     left, right = figure.subplots(1, 2)
-    left.plot(steps, [entry["skew_angle"] for entry in measured], label="angle")
-    left.plot(steps, [entry["skew_jump"] for entry in measured], label="jump by mask updates")
+    _over_steps(left, measured, "skew_angle", "angle")
+    _over_steps(left, measured, "skew_jump", "jump by mask updates")
     left.set(xlabel="step", ylabel="degrees", title="mean of the corrected layers")
     left.set_ylim(bottom=0)
     left.grid(alpha=0.3)
@@ -353,12 +390,12 @@ def _facts(logs, model):
         "dead neurons": f"{sum(row['dead_neurons'] for row in analysis.connectivity(model)):,}",
     }
     optimizer = sparse_opt_of(getattr(model, "optimizer", None))
-    if optimizer is not None and optimizer.built:
+    if optimizer is not None and optimizer.built and optimizer.sparse_kernels:
         facts["ITOP rate, masked layers"] = f"{optimizer.itop_rate():.4f}"
         facts["ITOP rate, all weights"] = f"{optimizer.itop_rate(all_weights=True):.4f}"
-    for name, values in logs.items():
-        if name not in {*_TOPOLOGY, *_MEASURED} and len(values):
-            facts[f"{name.replace('_', ' ')}, last epoch"] = f"{values[-1]:.4g}"
+    for name, log in logs.items():
+        if name not in {*_TOPOLOGY, *_MEASURED}:
+            facts[f"{name.replace('_', ' ')}, last epoch"] = f"{log.values[-1]:.4g}"
     return facts
 
 
@@ -390,7 +427,7 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def _page(title, facts, sections, table):
+def _page(title, facts, pictures, table):
     escape = html.escape
     header, rows = table
     parts = [
@@ -402,7 +439,8 @@ def _page(title, facts, sections, table):
         *(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in facts.items()),
         "</table></div>",
     ]
-    for name, caption, data in sections:
+    for name, (caption, png) in pictures.items():
+        data = base64.b64encode(png).decode()
         heading = escape(name.replace("_", " ").capitalize())
         parts += [
             f'<h2>{heading}</h2>\n<figure id="{name}"><figcaption>{escape(caption)}</figcaption>',

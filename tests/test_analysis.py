@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_sparseopt as kso
+from keras_sparseopt.masks import random_mask
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -125,6 +126,16 @@ def test_gradient_skew_of_equal_fan_in_is_none():
     assert kso.gradient_skew(mask, np.zeros((3, 2)))["angle"] == 0
 
 
+@pytest.mark.parametrize("shape, sparsity", [((3, 3, 64, 64), 0.95), ((1024, 512), 0.9)])
+def test_random_masks_turn_the_gradient_by_half_over_the_root_of_the_fan_in(shape, sparsity):
+    """docs/science.md: fan-ins of mean k vary by √k, the square roots of them by 1/2."""
+    mask = random_mask(shape, sparsity, seed=0)
+    gradient = np.random.default_rng(0).normal(size=shape)
+    fan_in = mask.mean() * np.prod(shape[:-1])
+    angle = kso.gradient_skew(mask, gradient)["angle"]
+    assert angle == pytest.approx(np.degrees(0.5 / np.sqrt(fan_in)), rel=0.15)
+
+
 def test_amplification_is_what_batch_normalization_does():
     """Theory against the real σ of a sparse layer's outputs, on random inputs."""
     keras.utils.set_random_seed(0)
@@ -148,6 +159,33 @@ def test_connectivity_by_hand():
     assert row["name"] == "d" and row["sparsity"] == pytest.approx(4 / 6)
     assert row["fan_in"].tolist() == [1, 0, 1] and row["fan_out"].tolist() == [2, 0]
     assert (row["dead_neurons"], row["dead_inputs"]) == (1, 1)
+
+
+def test_fan_out_of_other_kernels():
+    """All fan-in axes of an EinsumDense are its inputs; of a convolution the last one."""
+    einsum = kso.SparseEinsumDense("abcd,cde->abe", (5, 3), name="e")
+    conv = kso.SparseConv1D(3, 2, name="c")
+    x = inputs = keras.Input((5, 2, 4))
+    model = keras.Model(inputs, conv(einsum(x)))
+    rng = np.random.default_rng(0)
+    masks = [rng.random(shape) < 0.5 for shape in ((2, 4, 3), (2, 3, 3))]
+    for layer, mask in zip((einsum, conv), masks):
+        kso.set_mask(layer, mask)
+    rows = kso.connectivity(model)
+    np.testing.assert_array_equal(rows[0]["fan_in"], masks[0].sum(axis=(0, 1)))
+    np.testing.assert_array_equal(rows[0]["fan_out"], masks[0].sum(axis=2))
+    np.testing.assert_array_equal(rows[1]["fan_in"], masks[1].sum(axis=(0, 1)))
+    np.testing.assert_array_equal(rows[1]["fan_out"], masks[1].sum(axis=(0, 2)))
+
+
+def test_skew_of_a_diverged_gradient_is_not_a_number():
+    mask = np.array([[True, True], [True, False]])
+    assert np.isnan(kso.gradient_skew(mask, np.array([[1.0, np.nan], [1.0, 1.0]]))["angle"])
+
+
+def test_itop_rate_without_sparse_layers():
+    with pytest.raises(ValueError, match="`itop_rate` needs a built optimizer"):
+        kso.SparseOpt("sgd").itop_rate()
 
 
 def test_mask_overlap():

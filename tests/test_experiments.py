@@ -26,6 +26,32 @@ def experiments():
     return experiments
 
 
+def test_batches_in_fit(proxy):
+    """Keras skips the first piece; from then on every example comes once per epoch."""
+    seen = []
+
+    class Spy(proxy.Batches):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            seen.append((self.piece, list(y)))
+            return x, y
+
+    images = np.arange(1300, dtype="float32")[:, None] * np.ones((1, 1))
+    images = images[:, :, None, None]
+    batches = Spy(images, np.arange(1300), seed=0)
+    batches.per_epoch, batches.pieces = 10, 2
+    batches._draw()
+    model = keras.Sequential(
+        [keras.Input((1, 1, 1)), keras.layers.Flatten(), keras.layers.Dense(1)]
+    )
+    model.compile(loss="mse")
+    model.fit(batches, epochs=3, shuffle=False, verbose=0)
+    counts = [sum(piece == i for piece, _ in seen) for i in range(4)]
+    assert counts[0] < 5 and counts[1:] == [5, 5, 5]  # Keras peeks at the first batch
+    epoch = [label for piece, labels in seen if piece in (2, 3) for label in labels]
+    assert len(set(epoch)) == 1280
+
+
 def test_batches_show_every_example_once_per_epoch(proxy):
     images = np.arange(1000, dtype="float32")[:, None, None, None] * np.ones((1, 1, 2, 1))
     batches = proxy.Batches(images, np.arange(1000), seed=3)
@@ -129,7 +155,9 @@ def test_comparison_by_hand(proxy, experiments, tmp_path):
     assert row["over_training"]["mean"] == pytest.approx((15 + 20) / 2)
     assert row["itop_rate"]["mean"] == 0
     # The mean curve goes 0.4, 0.55; the base ends at 0.45, a third of the way: 13.3 of 20 steps
-    assert row["share_of_steps"] == pytest.approx((10 + 10 / 3) / 20)
+    assert row["ratio_of_steps"] == pytest.approx((10 + 10 / 3) / 20)
+    (slower,) = experiments.compare(record, {"x": experiments.corrected_and_not()[::-1]})
+    assert slower["ratio_of_steps"] == pytest.approx(20 / (10 + 10 / 3))
     assert np.isnan(experiments.steps_to_reach(record[{"exponent": 0.0}], 0.9))
 
 
@@ -153,11 +181,11 @@ def test_experiments_run(experiments, tmp_path, capsys):
     assert set(content["comparisons"]) == set(names)
     for name, rows in content["comparisons"].items():
         assert all(row["seeds"] == 2 for row in rows)
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    written = json.loads((tmp_path / "experiments.json").read_text())["runs"]
-    assert "1/" in capsys.readouterr().out
+        assert (tmp_path / "quick" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "quick" / "experiments.json").read_text())["runs"]
+    assert "'seed': 0" in capsys.readouterr().out
     again = experiments.main(["ham", "--quick", "--output", str(tmp_path)])
-    assert again["runs"] == written and "1/" not in capsys.readouterr().out
+    assert again["runs"] == written and "'seed': 0" not in capsys.readouterr().out
 
 
 def test_every_experiment_is_made_of_known_settings(proxy, experiments, capsys):

@@ -118,6 +118,79 @@ def test_report_in_a_browser(run, tmp_path):
     assert seen["width"] <= seen["window"]
 
 
+def test_report_of_odd_logs(tmp_path):
+    """A vector metric, NaN, validation every second epoch, a line of CSV that was cut off."""
+    from keras_sparseopt.reporting import _read
+
+    history = {"f1": [np.ones(3)], "loss": [2.0, np.nan, 1.0, 0.5], "val_loss": [1.5, 0.7]}
+    logs, _ = _read(history)
+    assert set(logs) == {"loss", "val_loss"}
+    assert (logs["loss"].epochs, logs["loss"].values) == ([1, 3, 4], [2.0, 1.0, 0.5])
+    assert logs["val_loss"].epochs == [2, 4]
+    csv = "epoch,loss,val_loss\n3,2.0,NA\n4,1.0,0.5,7\n5,0.5"
+    (tmp_path / "history.csv").write_text(csv)
+    logs, _ = _read(tmp_path)
+    assert (logs["loss"].epochs, logs["loss"].values) == ([4, 5, 6], [2.0, 1.0, 0.5])
+    assert (logs["val_loss"].epochs, logs["val_loss"].values) == ([5], [0.5])
+    facts = kso.report(tmp_path, mlp(), tmp_path / "report").read_text()
+    assert "<td>val loss, last epoch</td><td>0.5</td>" in facts
+
+
+def nested(units):
+    """Two nested models, each with a layer of the same name."""
+    x = inputs = keras.Input((12,))
+    for i, of in enumerate(units):
+        x = keras.Sequential(
+            [
+                keras.Input((x.shape[-1],)),
+                kso.SparseDense(of, sparsity=0.5, seed=i, name="fc"),
+                keras.layers.BatchNormalization(),
+            ],
+            name=f"part{i}",
+        )(x)
+    return keras.Model(inputs, x)
+
+
+def test_layers_of_one_name_are_kept_apart(tmp_path):
+    model = nested([12, 12, 3])
+    model = compiled(model, kso.SparseOpt("sgd"))
+    flow = kso.GradientFlow(2)
+    model.fit(*data(32), batch_size=4, verbose=0, callbacks=[flow, kso.Static()])
+    names = ["fc", "fc (2)", "fc (3)"]
+    for entry in flow.history:
+        assert [layer["name"] for layer in entry["layers"]] == names
+        assert all(not layer["churn"] for layer in entry["layers"])
+    assert [row["name"] for row in kso.connectivity(model)] == names
+    assert [row["name"] for row in kso.measured_skew(model)] == names
+    assert kso.report({}, model, tmp_path, flow).exists()
+
+
+def test_report_of_one_measurement_and_of_frozen_layers(tmp_path):
+    model = nested([4])
+    model.trainable = False
+    optimizer = kso.SparseOpt("sgd")
+    model.compile(optimizer, loss="mse")
+    flow = kso.GradientFlow()
+    layer = {
+        "name": "fc", "effective_gradient_flow": 1.0, "angle": 3.0, "angle_jump": None,
+        "spread": 0.1, "spread_jump": None, "churn": None, "corrected": True,
+    }  # fmt: skip
+    flow.history = [
+        {"step": 5, "effective_gradient_flow": 1.0, "gradient_flow": 2.0, "skew_angle": 3.0,
+         "skew_jump": None, "layers": [layer]}
+    ]  # fmt: skip
+    text = kso.report({}, model, tmp_path, flow).read_text(encoding="utf-8")
+    assert 'id="skew"' in text and "ITOP" not in text
+
+
+def test_report_of_an_einsum_layer_before_a_normalization(tmp_path):
+    """It normalizes several neurons together: no picture of the amplification."""
+    einsum = kso.SparseEinsumDense("abc,cde->abde", (5, 4, 8), sparsity=0.5)
+    layers = [keras.Input((5, 6)), einsum, keras.layers.BatchNormalization()]
+    text = kso.report({}, keras.Sequential(layers), tmp_path).read_text(encoding="utf-8")
+    assert 'id="fan_in"' in text and 'id="amplification"' not in text
+
+
 def test_report_errors(run, tmp_path):
     directory, model, _, history = run
     target = tmp_path / "nothing"
@@ -127,6 +200,7 @@ def test_report_errors(run, tmp_path):
         ((history, plain), ValueError, "`model` must hold sparse layers"),
         ((3, model), TypeError, "`history` must be what `fit` returned"),
         ((tmp_path, model), ValueError, "holds a .csv file of CSVLogger"),
+        ((history, keras.Sequential([kso.SparseDense(2)])), ValueError, "`model` must be built"),
         ((history, model, target, history), TypeError, "`gradient_flow` must be"),
     ):
         with pytest.raises(error, match=re.escape(message)):
@@ -151,7 +225,9 @@ def test_gradient_flow_writes_what_it_measures(run):
         values = [float(array(np.frombuffer(e.tensor_proto.tensor_content or
                   np.float32(e.tensor_proto.float_val[0]).tobytes(), "float32"))[0])
                   for e in events.Tensors(name)]  # fmt: skip
-        np.testing.assert_allclose(values, [entry[name] for entry in flow.history], rtol=1e-5)
+        np.testing.assert_allclose(
+            values, [entry[name] for entry in flow.history if entry[name] is not None], rtol=1e-5
+        )
     for name in names:
         for measure in ("sparsity", "churn", "angle", "angle_jump", "spread", "fan_in", "fan_out",
                         "amplification"):  # fmt: skip
@@ -190,6 +266,39 @@ def test_gradient_flow_log_goes_on_after_a_crash(tmp_path):
     assert [entry["step"] for entry in flow.history] == [entry["step"] for entry in whole.history]
     lines = (killed / "gradient_flow.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == flow.history
+    # The first after the backup, at step 8, has nothing to compare its masks with.
+    assert [entry["skew_jump"] is None for entry in flow.history] == [True, False, True] + 5 * [
+        False
+    ]
+
+
+def test_a_new_training_begins_the_log_anew(tmp_path):
+    fit(tmp_path, epochs=1)
+    (tmp_path / "history.csv").unlink()
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+    flow = kso.GradientFlow(4, log_dir=tmp_path)
+    x, y = data(64)
+    for _ in range(2):  # the second `fit` of the same model goes on
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=[flow])
+    assert [entry["step"] for entry in flow.history] == [4, 8, 12, 16]
+    assert len((tmp_path / "gradient_flow.jsonl").read_text().splitlines()) == 4
+
+
+def test_custom_loop_that_was_compiled_too_early():
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+    x, y = data(8)
+    model.train_on_batch(x, y)
+    flow = kso.GradientFlow(1)
+    flow.begin(model.optimizer, total_steps=10)
+    if keras.backend.backend() == "tensorflow":
+        model.train_on_batch(x, y)
+        with pytest.raises(ValueError, match="No dense gradient has arrived"):
+            flow.step()
+    model.make_train_function(force=True)
+    model.train_on_batch(x, y)
+    flow.step()
+    flow.end()
+    assert len(flow.history) == 1 and np.isfinite(flow.history[0]["skew_angle"])
 
 
 def test_jumps_are_what_the_update_did(run):

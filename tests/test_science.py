@@ -118,7 +118,7 @@ def test_capacity_comparison_runs(tmp_path):
             row["sparse"] - row["dense"]
         )
         assert min(row["effective_gradient_flow"]) > 0
-    assert (tmp_path / "capacity_comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "quick" / "capacity_comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ----------------------------------------------------------------------------------- the skew
@@ -133,7 +133,8 @@ def test_angles_by_hand():
     g = [np.array([[1.0, 1.0], [5.0, 0.0]])]
     assert skew.angle_of_surviving(g, mask, g, mask, 0.5) == pytest.approx(0, abs=1e-5)
     # The second neuron loses a connection: its factor falls from √(4/3) to √1, the first rises.
-    now = [np.array([[True, True], [False, False]])]
+    mask, g = ([np.array(side)[None, None] for side in sides] for sides in (mask, g))
+    now = [np.array([[[[True, True], [False, False]]]])]
     turned = skew.angle_of_surviving(g, mask, g, now, 0.5)
     before = np.degrees(np.arctan(np.sqrt(2)))
     assert turned == pytest.approx(before - 45)
@@ -191,9 +192,9 @@ def test_turning_exponent_of_known_turns():
 def test_skew_runs(tmp_path, monkeypatch):
     import skew
 
-    monkeypatch.setattr(skew, "EXPONENTS", (0.0, 0.5))
+    monkeypatch.setattr(skew, "STILL", [(0.5, True, 0.1)])
     content = skew.main(["--quick", "--output", str(tmp_path)])
-    assert set(content["jumps"]) == set(content["correlation"]) and len(content["turning"]) == 4
+    assert set(content["jumps"]) == set(content["correlation"]) and len(content["turning"]) == 1
     for cells in content["jumps"].values():
         assert 0 < cells["angle_raw"]["mean"] < 90
-    assert (tmp_path / "skew.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "quick" / "skew.png").read_bytes().startswith(b"\x89PNG")

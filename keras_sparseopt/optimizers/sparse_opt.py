@@ -368,9 +368,17 @@ class SparseOpt(WrapperOptimizer):
             all_weights: Bool, defaults to `False`. `True` counts what has no mask as well, such as
                 biases, normalizations and dense layers: always active.
 
+        Raises:
+            ValueError: If the optimizer is not built, or trains no sparse layer.
+
         References:
             Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021.
         """
+        if not self._kernels.by_index:
+            raise ValueError(
+                "`itop_rate` needs a built optimizer with sparse layers to train. Received: "
+                f"built={self.built}, sparse kernels: 0"
+            )
         explored = sum(
             int(np.bitwise_count(masks.host(kernel.explored).view("uint32")).sum())
             for kernel in self._kernels
