@@ -277,6 +277,8 @@ def picture(rows, path):
             marker, label=("wide sparse", "narrow dense")[side], alpha=0.7,
         )  # fmt: skip
     right.set(xscale="log", xlabel="effective gradient flow", ylabel="test accuracy, %")
+    right.set_xticks([0.1, 0.2, 0.3, 0.5, 0.7], ["0.1", "0.2", "0.3", "0.5", "0.7"])
+    right.minorticks_off()
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)

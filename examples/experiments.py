@@ -58,11 +58,18 @@ def sparsity_and_budget():
     }
 
 
+def small_steps():
+    """Small learning rates, at which neurons turn unevenly (see skew.py): does it help there?"""
+    return {
+        f"lr {rate:g}, {sparsity:.0%}": corrected_and_not(learning_rate=rate, sparsity=sparsity)
+        for sparsity, rate in ((0.95, 0.003), (0.95, 0.01), (0.95, 0.03), (0.98, 0.01))
+    }
+
+
 def conditions():
     """One thing at a time: where does the correction help?"""
     return {
         "as in DEFAULTS": corrected_and_not(),
-        "learning rate 0.01": corrected_and_not(learning_rate=0.01),
         "SGD without momentum, lr 0.5": corrected_and_not(optimizer="sgd", learning_rate=0.5),
         "Adam, lr 0.003": corrected_and_not(
             optimizer="adam", learning_rate=0.003, weight_decay=0.0
@@ -137,6 +144,7 @@ EXPERIMENTS = {
         convergence,
         learning_rate_and_decay,
         sparsity_and_budget,
+        small_steps,
         conditions,
         variants,
         growth_gradient,

@@ -231,6 +231,7 @@ def picture(one, two, steps, path):
         row[0].legend(fontsize=8)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
+        axis.title.set_fontsize(10)
     for axis in axes[1]:
         axis.set_xlabel("step")
     figure.savefig(path, dpi=100)
