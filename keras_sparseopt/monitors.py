@@ -36,10 +36,10 @@ class GradientFlow(DynamicSparseTraining):
     Args:
         every: Int, optimizer steps between measurements, defaults to 100.
         p: 1 or 2 (default), the norm.
-        log_dir: Folder to write to while training, or `None` (default): `gradient_flow.jsonl`, a
-            line per measurement, which `report` reads and a resumed training continues; and
-            events for TensorBoard with all measures as scalars, by layer too, and histograms of
-            fan-in, fan-out and amplification. One folder per training and callback; a training
+        log_dir: Folder to write to while training, made at once, or `None` (default). It gets
+            `gradient_flow.jsonl`, a line per measurement, which `report` reads and a resumed
+            training continues; and events for TensorBoard with all measures as scalars, by layer
+            too, and histograms of fan-in, fan-out and amplification. One folder per training and callback; a training
             that starts at step 0 begins the file anew. Needs TensorFlow, on every backend.
 
     Attributes:
@@ -83,8 +83,9 @@ class GradientFlow(DynamicSparseTraining):
         self._sink: _Sink | None = None
         self._last_masks: dict[int, np.ndarray] = {}
         self._start = 0
-        if log_dir is not None:
+        if self.log_dir is not None:
             _tensorflow()
+            self.log_dir.mkdir(parents=True, exist_ok=True)  # now: others may log there, too
 
     def begin(self, optimizer, total_steps=None):
         self.history, self._logs, self._last_masks, self._sink = [], {}, {}, None
@@ -175,7 +176,6 @@ class _Sink:
     """The folder that measurements go to."""
 
     def __init__(self, directory):
-        directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / LOG_FILE
         self.events = _tensorflow().summary.create_file_writer(str(directory))
 
