@@ -39,8 +39,9 @@ class GradientFlow(DynamicSparseTraining):
         log_dir: Folder to write to while training, made at once, or `None` (default). It gets
             `gradient_flow.jsonl`, a line per measurement, which `report` reads and a resumed
             training continues; and events for TensorBoard with all measures as scalars, by layer
-            too, and histograms of fan-in, fan-out and amplification. One folder per training and callback; a training
-            that starts at step 0 begins the file anew. Needs TensorFlow, on every backend.
+            too, and histograms of fan-in, fan-out and amplification. One folder per training and
+            callback; a training that starts at step 0 begins the file anew. Needs TensorFlow, on
+            every backend.
 
     Attributes:
         history: List of dicts with `step`, the four measures above, and `layers`: dicts with
