@@ -197,22 +197,29 @@ def steps_to_reach(result, accuracy):
     return np.nan
 
 
-def compare(record, pairs):
-    """Rows of a table: what the second setting of each pair gains over the first."""
+def compare(record, pairs, alike=False):
+    """Rows of a table: what the second setting of each pair gains over the first.
+
+    `alike`: take the variance between seeds to be the same in all rows, as in the maps.
+    """
     rows = []
+    values = {
+        name: {label: differences(record, *pair, measure) for label, pair in pairs.items()}
+        for name, measure in MEASURES.items()
+    }
     for label, (base, other) in pairs.items():
         row = {"label": list(label) if isinstance(label, tuple) else label}
-        for name, measure in MEASURES.items():
-            values = differences(record, base, other, measure)
+        for name, of_pairs in values.items():
+            every = list(of_pairs.values()) if alike else None
             row[name] = {
-                "mean": float(np.mean(values)) if len(values) else np.nan,
-                "confidence": confidence(values),
+                "mean": float(np.mean(of_pairs[label])) if len(of_pairs[label]) else np.nan,
+                "confidence": confidence(of_pairs[label], every),
             }
-        row["seeds"] = len(values)
+        row["seeds"] = len(of_pairs[label])
         row["base"] = float(
-            np.mean([at_the_end(record[{**base, "seed": seed}]) for seed in range(len(values))])
+            np.mean([at_the_end(record[{**base, "seed": seed}]) for seed in range(row["seeds"])])
         )
-        row["ratio_of_steps"] = ratio_of_steps(record, base, other, len(values))
+        row["ratio_of_steps"] = ratio_of_steps(record, base, other, row["seeds"])
         rows.append(row)
     return rows
 
@@ -363,6 +370,7 @@ def picture(name, record, pairs, rows, path):
     if EXPERIMENTS[name] is convergence:
         curves(record, pairs, title.replace("95 % intervals", "± standard deviation"), path)
     elif EXPERIMENTS[name] in MAPS:
+        title += ", from the variance of all cells together"
         heat_map(rows, MAPS[EXPERIMENTS[name]], title, path)
     else:
         forest(rows, title, path)
@@ -412,7 +420,7 @@ def main(argv=None):
     train_all(settings, record, args.data_dir, args.quick, args.jobs)
     tables = {}
     for name, pairs in chosen.items():
-        rows = tables[name] = compare(record, pairs)
+        rows = tables[name] = compare(record, pairs, alike=EXPERIMENTS[name] in MAPS)
         print(f"\n{name}: {EXPERIMENTS[name].__doc__}", *table(rows), sep="\n")
         picture(name, record, pairs, rows, args.output / f"{name}.png")
     every = {**{name: experiment() for name, experiment in EXPERIMENTS.items()}, **chosen}

@@ -345,11 +345,19 @@ def train_all(settings, record, data_dir=None, quick=False, jobs=1, train=train)
 # ---------------------------------------------------------------------------------- statistics
 
 
-def confidence(values):
-    """Half the width of the 95 % confidence interval of the mean (Student's t)."""
+def confidence(values, alike=None):
+    """Half the width of the 95 % confidence interval of the mean (Student's t).
+
+    Args:
+        values: List of floats.
+        alike: List of such lists, `values` among them, whose variance is taken to be the same: then
+            few values in each suffice. `None` (default) for that of `values` alone.
+    """
     from scipy import stats
 
-    n = len(values)
-    if n < 2:
+    groups = [values] if alike is None else alike
+    freedom = sum(len(group) - 1 for group in groups if len(group))
+    if not len(values) or freedom < 1:
         return math.nan
-    return float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    variance = sum(np.var(group) * len(group) for group in groups if len(group)) / freedom
+    return float(stats.t.ppf(0.975, freedom) * math.sqrt(variance / len(values)))

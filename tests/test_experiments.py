@@ -138,6 +138,11 @@ def test_confidence_interval_by_hand(proxy):
     # t(0.975, 2) = 4.3027, standard deviation 1, three values
     assert proxy.confidence([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / np.sqrt(3), abs=1e-3)
     assert np.isnan(proxy.confidence([1.0]))
+    # Variances 1 and 4 with 2 and 1 degrees of freedom: 2 with 3; t(0.975, 3) = 3.1824
+    group = [0.0, 8**0.5]
+    together = proxy.confidence([1.0, 2.0, 3.0], [[1.0, 2.0, 3.0], group])
+    assert together == pytest.approx(3.1824 * np.sqrt(2 / 3), abs=1e-3)
+    assert proxy.confidence(group, [group, [1.0, 2.0, 3.0]]) == pytest.approx(3.1824, abs=1e-3)
 
 
 def test_comparison_by_hand(proxy, experiments, tmp_path):
