@@ -38,10 +38,10 @@ class GradientFlow(DynamicSparseTraining):
         p: 1 or 2 (default), the norm.
         log_dir: Folder to write to while training, made at once, or `None` (default). It gets
             `gradient_flow.jsonl`, a line per measurement, which `report` reads and a resumed
-            training continues; and events for TensorBoard with all measures as scalars, by layer
-            too, and histograms of fan-in, fan-out and amplification. One folder per training and
-            callback; a training that starts at step 0 begins the file anew. Needs TensorFlow, on
-            every backend.
+            training continues; and events for TensorBoard: all measures, sparsity and ITOP rate as
+            scalars, by layer too, and histograms of fan-in, fan-out and amplification. One folder
+            per training and callback; a training that starts at step 0 begins the file anew. Needs
+            TensorFlow, on every backend.
 
     Attributes:
         history: List of dicts with `step`, the four measures above, and `layers`: dicts with
@@ -132,7 +132,8 @@ class GradientFlow(DynamicSparseTraining):
             self.history = self._sink.continue_from(self._start)
         self.history.append({"step": self._step, **measured, "layers": layers})
         if self._sink is not None:
-            self._sink.write(self.history[-1], names, [kernel for _, kernel in kernels])
+            kernels = [kernel for _, kernel in kernels]
+            self._sink.write(self.history[-1], names, kernels, self.optimizer.itop_rate())
 
     def _measure(self, index, topology, gradient, mask):
         skew = analysis.gradient_skew(mask, gradient, topology.neuron_axes)
@@ -186,11 +187,12 @@ class _Sink:
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         return entries
 
-    def write(self, entry, names, kernels):
+    def write(self, entry, names, kernels, itop_rate):
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         summary, step = _tensorflow().summary, entry["step"]
         with self.events.as_default(step):
+            summary.scalar("itop_rate", itop_rate)
             for name, value in entry.items():
                 if name not in ("step", "layers") and value is not None:
                     summary.scalar(name, value)

@@ -190,6 +190,20 @@ def test_resnet50_costs_match_the_published_ones(tmp_path, capsys):
     assert "0.42 ×" in capsys.readouterr().out
 
 
+@pytest.mark.backend("tensorflow")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_gradient_norms_reads_mnist():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    import gradient_norms
+
+    with tfds.testing.mock_data(num_examples=10):
+        images, labels = gradient_norms.load("mnist")
+    assert images.shape == (10, 784) and labels.shape == (10,)
+    assert images.mean() == pytest.approx(0, abs=1e-5) and images.std() == pytest.approx(
+        1, rel=1e-4
+    )
+
+
 def test_gradient_norms(tmp_path, capsys):
     """Batch Normalization amplifies as the theory says; without one the gradient does not grow."""
     import gradient_norms

@@ -220,6 +220,7 @@ def test_gradient_flow_writes_what_it_measures(run):
     events = EventAccumulator(str(directory), size_guidance={"tensors": 0})
     events.Reload()
     tags = set(events.Tags()["tensors"])
+    assert "itop_rate" in tags
     names = [layer.name for layer in kso.sparse_layers(model)]
     for name in ("skew_angle", "skew_jump", "effective_gradient_flow", "gradient_flow"):
         values = [float(array(np.frombuffer(e.tensor_proto.tensor_content or
