@@ -22,9 +22,8 @@ import sys
 import numpy as np
 from proxy import Record, confidence, train_all
 
-PAPER = 0.5  # the exponent of SparseOpt's correction
 MASKED = {"exponent": 0.0}
-CORRECTED = {"exponent": PAPER}
+CORRECTED = {"exponent": 0.5}  # the paper's
 
 
 def corrected_and_not(**setting):
@@ -176,7 +175,7 @@ def over_training(result):
 
 
 def itop(result):
-    return 100 * result["itop_rate"][-1] if result["itop_rate"] else np.nan
+    return 100 * result["itop_rate"][-1]
 
 
 MEASURES = {"at_the_end": at_the_end, "over_training": over_training, "itop_rate": itop}
@@ -240,7 +239,6 @@ def pooled(record, experiments):
         values = [differences(record, base, other, measure) for base, other in pairs.values()]
         values = [of_setting for of_setting in values if len(of_setting)]
         means = [np.mean(of_setting) for of_setting in values]
-        means = [mean for mean in means if not np.isnan(mean)]
         found["settings"], found["pairs"] = len(values), sum(map(len, values))
         found[name] = {"mean": float(np.mean(means)), "confidence": confidence(means)}
     return found

@@ -59,7 +59,6 @@ def resnet(
     stem_stride=1,
     normalization="batch",
     activation="relu",
-    kernel_initializer="he_normal",
 ):
     """CIFAR-style ResNet v1.
 
@@ -75,12 +74,11 @@ def resnet(
         stem_stride: Int, 2 halves the resolution before the first stage.
         normalization: A key of `NORMALIZATIONS`.
         activation: A key of `ACTIVATIONS`.
-        kernel_initializer: Of the convolutions.
     """
     activate = ACTIVATIONS[activation]
 
     def convolution(x, filters, size, name, stride=1):
-        x = _convolution(filters, size, name, stride, weight_decay, kernel_initializer)(x)
+        x = _convolution(filters, size, name, stride, weight_decay)(x)
         momentum = {"momentum": bn_momentum} if normalization == "batch" else {}
         return NORMALIZATIONS[normalization](name=f"{name}_bn", **momentum)(x)
 
@@ -105,14 +103,14 @@ def _l2(weight_decay):
     return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
 
 
-def _convolution(filters, size, name, stride, weight_decay, kernel_initializer="he_normal"):
+def _convolution(filters, size, name, stride, weight_decay):
     return layers.Conv2D(
         filters,
         size,
         stride,
         padding="same",
         use_bias=False,
-        kernel_initializer=kernel_initializer,
+        kernel_initializer="he_normal",
         kernel_regularizer=_l2(weight_decay),
         name=name,
     )

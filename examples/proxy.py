@@ -33,7 +33,7 @@ DEFAULTS = {
     "sparse_initialization": False,  # He by actual fan-in instead of by the dense one
     # sparsity
     "sparsity": 0.95,  # ERK
-    "method": "rigl",  # or "set", "static", "dense"
+    "method": "rigl",  # or "set", "static"
     "update_every": 100,  # optimizer steps
     "growth_gradient": "original",
     "rescale": False,  # neurons brought to one norm at every mask update, the function preserved
@@ -165,14 +165,12 @@ def make_inner_optimizer(name, schedule, kernel_decay):
 
 
 def make_model(input_shape, setting):
-    """The network, sparse unless the method is "dense"."""
+    """The sparse network."""
     inside = setting["weight_decay"] if setting["decay"] == "inside" else 0.0
     model = resnet(
         input_shape, 10, setting["widths"], 1, inside, BN_MOMENTUM, stem_stride=2,
         normalization=setting["normalization"], activation=setting["activation"],
     )  # fmt: skip
-    if setting["method"] == "dense":
-        return model
     model = kso.sparsify(model, setting["sparsity"], "erk", seed=setting["seed"])
     if setting["sparse_initialization"]:
         for layer in kso.sparse_layers(model):
@@ -189,8 +187,6 @@ def make_optimizer(setting, steps, model):
     )  # fmt: skip
     outside = setting["weight_decay"] if setting["decay"] == "outside" else 0.0
     inner = make_inner_optimizer(setting["optimizer"], schedule, outside)
-    if setting["method"] == "dense":
-        return inner
     if setting["ham"] is not None:
         inner = kso.HAM(inner, alpha=setting["ham"])
     exponent = setting["exponent"]
@@ -208,12 +204,23 @@ def make_optimizer(setting, steps, model):
 def make_callbacks(setting):
     every, drop = setting["update_every"], DROP_FRACTION
     methods = {
-        "dense": lambda: [],
         "static": lambda: [kso.Static()],
         "set": lambda: [kso.SET(every, drop, seed=setting["seed"])],
         "rigl": lambda: [kso.RigL(every, drop, growth_gradient=setting["growth_gradient"])],
     }
     return methods[setting["method"]]()
+
+
+def prepare(data, setting):
+    """What a training begins with: (model, optimizer, batches, number of evaluations)."""
+    images, labels = data[0]
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(setting["seed"])
+    model = make_model(images.shape[1:], setting)
+    batches = Batches(images, labels, setting["seed"])
+    evaluations = setting["epochs"] * batches.pieces
+    optimizer = make_optimizer(setting, evaluations * len(batches), model)
+    return model, optimizer, batches, evaluations
 
 
 def train(data, setting):
@@ -228,27 +235,22 @@ def train(data, setting):
         optimizer steps at which they were.
     """
     setting = full(setting)
-    (images, labels), test = data
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(setting["seed"])
-    model = make_model(images.shape[1:], setting)
-    batches = Batches(images, labels, setting["seed"])
-    evaluations = setting["epochs"] * batches.pieces
+    model, optimizer, batches, evaluations = prepare(data, setting)
     model.compile(
-        make_optimizer(setting, evaluations * len(batches), model),
+        optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         steps_per_execution=STEPS_PER_EXECUTION,
     )
     history = model.fit(
         batches, epochs=evaluations, shuffle=False, verbose=0,
-        validation_data=test, validation_batch_size=500, callbacks=make_callbacks(setting),
+        validation_data=data[1], validation_batch_size=500, callbacks=make_callbacks(setting),
     ).history  # fmt: skip
     return {
         "steps": [(i + 1) * len(batches) for i in range(evaluations)],
         "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
         "loss": [round(value, 5) for value in history["loss"]],
-        "itop_rate": [round(value, 5) for value in history.get("itop_rate", [])],
+        "itop_rate": [round(value, 5) for value in history["itop_rate"]],
     }
 
 

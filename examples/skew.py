@@ -24,8 +24,7 @@ import pathlib
 
 import keras
 import numpy as np
-from proxy import Batches, Record, confidence, full, load, made_up, make_callbacks, make_model
-from proxy import make_optimizer as proxy_optimizer
+from proxy import Record, confidence, full, load, made_up, make_callbacks, prepare
 
 import keras_sparseopt as kso
 
@@ -46,10 +45,9 @@ class Probe:
         import tensorflow as tf
 
         self.model = model
-        self.kernels = [layer.kernel for layer in kso.sparse_layers(model)]
         positions = [
-            next(i for i, v in enumerate(model.trainable_variables) if v is kernel)
-            for kernel in self.kernels
+            next(i for i, v in enumerate(model.trainable_variables) if v is layer.kernel)
+            for layer in kso.sparse_layers(model)
         ]
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -201,15 +199,11 @@ class Measured(keras.callbacks.Callback):
 def train(data, setting):
     """One training with all that is measured."""
     setting = full(setting)
-    (images, labels), _ = data
-    keras.backend.clear_session()
-    keras.utils.set_random_seed(setting["seed"])
-    model = make_model(images.shape[1:], setting)
-    batches = Batches(images, labels, setting["seed"])
-    pieces = setting["epochs"] * batches.pieces
+    images, labels = data[0]
+    model, optimizer, batches, pieces = prepare(data, setting)
     steps = pieces * len(batches)
     model.compile(
-        proxy_optimizer(setting, steps, model),
+        optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     probe = Probe(model, images[:PROBE_EXAMPLES], labels[:PROBE_EXAMPLES])

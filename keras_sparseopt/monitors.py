@@ -103,7 +103,7 @@ class GradientFlow(DynamicSparseTraining):
         return True
 
     def _update_masks(self):
-        gradients, topologies, layers = [], [], []
+        gradients, layers = [], []
         kernels = self._kernels()
         names = analysis.unique_names([kernel.topology.name for _, kernel in kernels])
         for name, (index, kernel) in zip(names, kernels):
@@ -112,16 +112,13 @@ class GradientFlow(DynamicSparseTraining):
                 continue
             mask = masks.host(kernel.topology.mask)
             gradients.append(gradient)
-            topologies.append(mask)
             layers.append({"name": name, **self._measure(index, kernel.topology, gradient, mask)})
         if not layers:
             raise ValueError(NO_GRADIENT)
         corrected = [layer for layer in layers if layer["corrected"]]
         jumps = [abs(v["angle_jump"]) for v in corrected if v["angle_jump"] is not None]
         measured = {
-            "effective_gradient_flow": analysis.effective_gradient_flow(
-                gradients, topologies, self.p
-            ),
+            "effective_gradient_flow": _mean([v["effective_gradient_flow"] for v in layers]),
             "gradient_flow": analysis.gradient_flow(gradients, self.p),
             "skew_angle": _mean([layer["angle"] for layer in corrected]),
             "skew_jump": _mean(jumps) if jumps or not corrected else None,

@@ -87,12 +87,13 @@ def report(history, model, directory="report", gradient_flow=None, title=None):
     if gradient_flow is not None:
         measured = gradient_flow.history
     _require_matplotlib()
+    rows = analysis.connectivity(model)
     pictures = {}
-    for name, (caption, figure) in _figures(logs, measured, model).items():
+    for name, (caption, figure) in _figures(logs, measured, model, rows).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150, format="png")
         pictures[name] = caption, buffer.getvalue()
-    text = _page(title or model.name, _facts(logs, model), pictures, _table(model))
+    text = _page(title or model.name, _facts(logs, model, rows), pictures, _table(rows))
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in pictures.items():
@@ -186,9 +187,8 @@ def _require_matplotlib():
 # ------------------------------------------------------------------------------------- drawing
 
 
-def _figures(logs, measured, model):
+def _figures(logs, measured, model, rows):
     """Name → (caption, figure), in the page's order."""
-    rows = analysis.connectivity(model)
     figures = {}
     metrics = [
         name
@@ -378,16 +378,15 @@ def _skew(measured):
 # ------------------------------------------------------------------------------------- writing
 
 
-def _facts(logs, model):
-    layers = sparse_layers(model)
-    sizes = [int(np.prod(layer.kernel.shape)) for layer in layers]
-    active = [int(np.sum(keras.ops.convert_to_numpy(layer.kernel_mask))) for layer in layers]
+def _facts(logs, model, rows):
+    size = sum(int(np.prod(layer.kernel.shape)) for layer in sparse_layers(model))
+    active = sum(int(row["fan_in"].sum()) for row in rows)
     trainable = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
     facts = {
-        "sparsity of the masked layers": f"{1 - sum(active) / sum(sizes):.4f}",
-        "active weights": f"{sum(active):,} of {sum(sizes):,}",
+        "sparsity of the masked layers": f"{1 - active / size:.4f}",
+        "active weights": f"{active:,} of {size:,}",
         "trainable parameters of the model": f"{trainable:,}",
-        "dead neurons": f"{sum(row['dead_neurons'] for row in analysis.connectivity(model)):,}",
+        "dead neurons": f"{sum(row['dead_neurons'] for row in rows):,}",
     }
     optimizer = sparse_opt_of(getattr(model, "optimizer", None))
     if optimizer is not None and optimizer.built and optimizer.sparse_kernels:
@@ -399,19 +398,19 @@ def _facts(logs, model):
     return facts
 
 
-def _table(model):
+def _table(rows):
     header = ["layer", "sparsity", "active", "fan-in: least", "mean", "most", "dead neurons"]
-    rows = []
-    for row in analysis.connectivity(model):
+    cells = []
+    for row in rows:
         fan_in = row["fan_in"]
-        rows.append(
+        cells.append(
             [
                 row["name"], f"{row['sparsity']:.4f}", f"{int(fan_in.sum()):,}",
                 f"{fan_in.min()}", f"{fan_in.mean():.1f}", f"{fan_in.max()}",
                 f"{row['dead_neurons']}",
             ]
         )  # fmt: skip
-    return header, rows
+    return header, cells
 
 
 _STYLE = """

@@ -22,6 +22,22 @@ def mlp(sparsity=0.8, seed=1, **kwargs):
     )
 
 
+def subclassed():
+    """A built model without a graph: one sparse layer, 8 of 16 weights active."""
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = kso.SparseDense(4, sparsity=0.5)
+
+        def call(self, x):
+            return self.hidden(x)
+
+    net = Net()
+    net(np.ones((1, 4), "float32"))
+    return net
+
+
 def data(n=32, seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, 12)).astype("float32"), rng.integers(0, 3, n)

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import array, compiled, correct_oracle, data, mlp
+from helpers import array, compiled, correct_oracle, data, mlp, subclassed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,17 +68,7 @@ def test_summary_shows_what_was_decided(capsys):
 
 
 def test_summary_of_a_subclassed_model_has_no_flops(capsys):
-    class Net(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.hidden = kso.SparseDense(4, sparsity=0.5)
-
-        def call(self, x):
-            return self.hidden(x)
-
-    net = Net()
-    net(np.ones((1, 4), "float32"))
-    kso.summary(net)
+    kso.summary(subclassed())
     assert "8 / 16" in capsys.readouterr().out
 
 

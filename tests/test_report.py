@@ -9,7 +9,7 @@ import subprocess
 import keras
 import numpy as np
 import pytest
-from helpers import array, compiled, data, mlp
+from helpers import array, compiled, data, mlp, subclassed
 
 import keras_sparseopt as kso
 
@@ -78,17 +78,7 @@ def test_report_of_a_history_shows_what_there_is(run, tmp_path):
 
 
 def test_report_without_graph_or_normalization(tmp_path):
-    class Net(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.hidden = kso.SparseDense(4, sparsity=0.5)
-
-        def call(self, x):
-            return self.hidden(x)
-
-    net = Net()
-    net(np.ones((1, 4), "float32"))
-    text = kso.report({"loss": [1.0]}, net, tmp_path).read_text()
+    text = kso.report({"loss": [1.0]}, subclassed(), tmp_path).read_text()
     assert re.findall(r'<figure id="(\w+)">', text) == ["curves", "layers", "fan_in"]
 
 
