@@ -41,7 +41,7 @@ def train(way, units, steps):
     del layers
     optimizer, callbacks = keras.optimizers.SGD(0.01, momentum=0.9), []
     if way != "dense":
-        model = kso.sparsify(model, 0.9, {f"{x.name}": 0.9 for x in model.layers[:-1:2]})
+        kso.sparsify(model, None, {x.name: 0.9 for x in model.layers[:-1:2]})
         optimizer = kso.SparseOpt(optimizer)
     if "+" in way:
         method = kso.RigL if "RigL" in way else kso.SET
@@ -54,9 +54,8 @@ def train(way, units, steps):
     class Held(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             variables = {id(v): v for v in model.weights + optimizer.variables}
-            for kernel in getattr(optimizer, "_kernels", ()):
-                if kernel.tap is not None:
-                    variables[id(kernel.tap)] = kernel.tap
+            for variable in getattr(optimizer, "transient_variables", ()):
+                variables[id(variable)] = variable  # mask copies and dense gradients
             held.append(sum(keras.ops.convert_to_numpy(v).nbytes for v in variables.values()))
 
     # From here on: building and converting the model is not training.

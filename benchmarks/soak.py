@@ -64,10 +64,7 @@ def resident_megabytes():
 
 
 def active(model):
-    return [
-        int(keras.ops.convert_to_numpy(layer.kernel_mask).sum())
-        for layer in kso.sparse_layers(model)
-    ]
+    return [weight.topology.num_active() for weight in kso.sparse_weights(model)]
 
 
 class Watch(keras.callbacks.Callback):
@@ -77,16 +74,16 @@ class Watch(keras.callbacks.Callback):
         super().__init__()
         self.method, self.counter = method, counter
         self.seconds, self.memory, self.traces, self.counts = [], [], [], []
-        update = method._update_masks
+        update = method.update_masks
 
         def timed():
             start = time.perf_counter()
             update()
             self.seconds.append(time.perf_counter() - start)
 
-        method._update_masks = timed
+        method.update_masks = timed
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_begin(self, batch, logs=None):
         if len(self.seconds) > len(self.memory):
             self.memory.append(resident_megabytes())
             self.traces.append(self.counter.traces)

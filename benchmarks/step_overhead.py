@@ -52,6 +52,10 @@ def sgd():
     return keras.optimizers.SGD(0.01, momentum=0.9)
 
 
+def sparse(dense):
+    return kso.sparsify(keras.models.clone_model(dense), 0.9)
+
+
 def measure(make, rounds, steps):
     dense, batch, size = make()
     rng = np.random.default_rng(0)
@@ -61,11 +65,11 @@ def measure(make, rounds, steps):
     ways = {
         "dense": (compiled(keras.models.clone_model(dense), sgd()), lambda: []),
         "SparseOpt": (
-            compiled(kso.sparsify(dense, 0.9), kso.SparseOpt(sgd())),
+            compiled(sparse(dense), kso.SparseOpt(sgd())),
             lambda: [],
         ),
         "SparseOpt + RigL": (
-            compiled(kso.sparsify(dense, 0.9), kso.SparseOpt(sgd())),
+            compiled(sparse(dense), kso.SparseOpt(sgd())),
             lambda: [kso.RigL(never, end_step=2 * never)],
         ),
     }
@@ -78,7 +82,7 @@ def measure(make, rounds, steps):
             if round_ == 0:
                 first[name] = time.perf_counter() - start - sum(timer.seconds[1:])
             else:
-                # RigL's fit compiles its step anew; the first step is in no median.
+                # The first step of a fit is in no median.
                 seconds[name] += timer.seconds[1:]
     base = np.median(seconds["dense"])
     return [

@@ -60,8 +60,8 @@ def same_capacity(family, narrow, wide, seed):
         seed: Int, of masks and initial values.
 
     Returns:
-        (dense, sparse). The dense one is made of sparse layers too, with nothing masked, so that
-        the same optimizer and callbacks train it.
+        (dense, sparse). The dense one has masks too, with nothing masked, so that the same
+        optimizer and callbacks train it.
     """
     keras.utils.set_random_seed(seed)
     small, large = family(narrow), family(wide)
@@ -72,12 +72,12 @@ def same_capacity(family, narrow, wide, seed):
     dense = kso.sparsify(small, None, dict.fromkeys(sizes, 0.0), seed=seed)
     sparse = kso.sparsify(large, None, sparsities, seed=seed)
     rng = np.random.default_rng(seed)
-    for one, other in zip(kso.sparse_layers(dense), kso.sparse_layers(sparse), strict=True):
-        values = rng.permutation(keras.ops.convert_to_numpy(one.kernel).ravel())
-        mask = keras.ops.convert_to_numpy(other.kernel_mask)
+    for one, other in zip(kso.sparse_weights(dense), kso.sparse_weights(sparse), strict=True):
+        values = rng.permutation(keras.ops.convert_to_numpy(one).ravel())
+        mask = keras.ops.convert_to_numpy(other.topology.mask)
         kernel = np.zeros(mask.shape, values.dtype)
         kernel[mask] = values
-        other.kernel.assign(kernel)
+        other.assign(kernel)
     return dense, sparse
 
 
@@ -145,8 +145,7 @@ def train(data, setting):
         batches, epochs=evaluations, shuffle=False, verbose=0,
         validation_data=test, validation_batch_size=500, callbacks=[flow, *callbacks],
     ).history  # fmt: skip
-    layers = kso.sparse_layers(model)
-    active = [int(np.sum(keras.ops.convert_to_numpy(layer.kernel_mask))) for layer in layers]
+    active = [weight.topology.num_active() for weight in kso.sparse_weights(model)]
     return {
         "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
         "active_weights": active,

@@ -110,7 +110,7 @@ def make_model(args, steps_per_epoch, classes):
     widths = [args.width * w for w in (16, 32, 64)]
     model = resnet((32, 32, 3), classes, widths, blocks=3, weight_decay=WEIGHT_DECAY)
     if args.method != "dense":
-        model = kso.sparsify(model, args.sparsity, args.distribution, seed=args.seed)
+        kso.sparsify(model, args.sparsity, args.distribution, seed=args.seed)
     steps = args.epochs * steps_per_epoch
     warmup = min(WARMUP_EPOCHS * steps_per_epoch, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(

@@ -65,8 +65,8 @@ class Progress(keras.callbacks.Callback):
 
 def fan_ins(model):
     """Active inputs of every neuron of the convolutions ERK made sparse, as a fraction."""
-    layers = [x for x in kso.sparse_layers(model) if x.sparsity > 0.5]
-    return np.concatenate([1 - layer.neuron_sparsity for layer in layers])
+    topologies = [weight.topology for weight in kso.sparse_weights(model)]
+    return np.concatenate([1 - t.neuron_sparsity for t in topologies if t.sparsity > 0.5])
 
 
 def train(seed, skew_correction, data, epochs, bar, offset):
@@ -94,7 +94,9 @@ def train(seed, skew_correction, data, epochs, bar, offset):
         "sparsity": history["sparsity"][-1],
         "itop_rate": history["itop_rate"][-1],
         "seconds_per_step": float(np.median(progress.seconds)),
-        "layer_sparsity": {x.name: x.sparsity for x in kso.sparse_layers(model)},
+        "layer_sparsity": {
+            weight.topology.name: weight.topology.sparsity for weight in kso.sparse_weights(model)
+        },
         "fan_in_before": before.tolist(),
         "fan_in_after": fan_ins(model).tolist(),
     }

@@ -72,7 +72,7 @@ def gradient_rms(hidden, normalization, seed, sparsities, data):
     model = network(data[0].shape[1], hidden, normalization, seed)
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
-    optimizer.open_taps()
+    lease = optimizer.lease_gradients()
     layers = kso.sparse_layers(model)
     dense = [keras.ops.convert_to_numpy(layer.kernel) for layer in layers]
     rms = []
@@ -82,7 +82,7 @@ def gradient_rms(hidden, normalization, seed, sparsities, data):
             layer.kernel.assign(weights)
             kso.set_mask(layer, random_mask(weights.shape, sparsity, [seed, index]))
         model.train_on_batch(*data)
-        gradient = keras.ops.convert_to_numpy(optimizer.dense_gradient(layers[0].kernel))
+        gradient = keras.ops.convert_to_numpy(lease.gradient(layers[0].kernel))
         mask = keras.ops.convert_to_numpy(layers[0].kernel_mask)
         rms.append(float(np.sqrt(np.mean(gradient[mask] ** 2))))
     return rms

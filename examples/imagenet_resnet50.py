@@ -70,7 +70,7 @@ def make_model(args, steps_per_epoch, classes):
     keras.utils.set_random_seed(args.seed)
     model = resnet50(classes, args.image_size, WEIGHT_DECAY)
     if args.method != "dense":
-        model = kso.sparsify(model, args.sparsity, args.distribution, seed=args.seed)
+        kso.sparsify(model, args.sparsity, args.distribution, seed=args.seed)
     model.compile(
         optimizer=make_optimizer(args, steps_per_epoch),
         loss=keras.losses.CategoricalCrossentropy(

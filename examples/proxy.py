@@ -129,8 +129,8 @@ class Variant(kso.SparseOpt):
     def correction(self, mask, neuron_axes):
         return super().correction(mask, neuron_axes) ** (2 * self.exponent)
 
-    def rewire(self, kernel, new_mask):
-        super().rewire(kernel, new_mask)
+    def rewire(self, kernel, new_mask, keeps_budget=False):
+        super().rewire(kernel, new_mask, keeps_budget)
         normalization = (self.normalization_of or {}).get(id(kernel))
         if normalization is None:
             return
@@ -171,11 +171,11 @@ def make_model(input_shape, setting):
         input_shape, 10, setting["widths"], 1, inside, BN_MOMENTUM, stem_stride=2,
         normalization=setting["normalization"], activation=setting["activation"],
     )  # fmt: skip
-    model = kso.sparsify(model, setting["sparsity"], "erk", seed=setting["seed"])
+    kso.sparsify(model, setting["sparsity"], "erk", seed=setting["seed"])
     if setting["sparse_initialization"]:
-        for layer in kso.sparse_layers(model):
-            density = 1 - layer.neuron_sparsity
-            layer.kernel.assign(layer.kernel / np.sqrt(np.where(density > 0, density, 1)))
+        for weight in kso.sparse_weights(model):
+            density = 1 - weight.topology.neuron_sparsity
+            weight.assign(weight / np.sqrt(np.where(density > 0, density, 1)))
     return model
 
 
@@ -194,9 +194,9 @@ def make_optimizer(setting, steps, model):
     optimizer.exponent = exponent
     if setting["rescale"]:
         optimizer.normalization_of = {
-            id(layer.kernel): model.get_layer(f"{layer.name}_bn")
-            for layer in kso.sparse_layers(model)
-            if layer.name != "classifier"
+            id(weight): model.get_layer(f"{weight.topology.name}_bn")
+            for weight in kso.sparse_weights(model)
+            if weight.topology.name != "classifier"
         }
     return optimizer
 

@@ -46,8 +46,8 @@ class Probe:
 
         self.model = model
         positions = [
-            next(i for i, v in enumerate(model.trainable_variables) if v is layer.kernel)
-            for layer in kso.sparse_layers(model)
+            next(i for i, v in enumerate(model.trainable_variables) if v is weight)
+            for weight in kso.sparse_weights(model)
         ]
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -73,7 +73,7 @@ class Probe:
 
 
 def masks_of(model):
-    return [keras.ops.convert_to_numpy(v.kernel_mask) for v in kso.sparse_layers(model)]
+    return [keras.ops.convert_to_numpy(v.topology.mask) for v in kso.sparse_weights(model)]
 
 
 def factor(mask, exponent):
@@ -101,7 +101,18 @@ def angle_of_surviving(g, m, g2, m2, exponent):
     return angle(*sides)
 
 
-class AroundUpdates(keras.callbacks.Callback):
+class EachStep(keras.callbacks.Callback):
+    """Calls `after_step` after every step, at the point where methods change masks."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch:
+            self.after_step()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.after_step()
+
+
+class AroundUpdates(EachStep):
     """Loss around mask updates, and what they do to the gradient. First in the callbacks."""
 
     def __init__(self, probe, update_every, last_update):
@@ -112,7 +123,7 @@ class AroundUpdates(keras.callbacks.Callback):
         self.jumps: list = []
         self.step, self.before = 0, None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def after_step(self):
         self.step += 1
         for update in self.updates:
             offset = self.step - update
@@ -138,18 +149,18 @@ class AroundUpdates(keras.callbacks.Callback):
         self.jumps.append(jump)
 
 
-class AfterUpdate(keras.callbacks.Callback):
+class AfterUpdate(EachStep):
     """Last in the callbacks."""
 
     def __init__(self, around):
         super().__init__()
         self.around = around
 
-    def on_train_batch_end(self, batch, logs=None):
+    def after_step(self):
         self.around.after_update()
 
 
-class Turning(keras.callbacks.Callback):
+class Turning(EachStep):
     """The angles by which neurons turn between two steps, and their fan-in."""
 
     def __init__(self, every):
@@ -157,14 +168,12 @@ class Turning(keras.callbacks.Callback):
         self.every, self.step, self.windows, self.start = every, 0, [], None
 
     def _directions(self):
-        for layer in kso.sparse_layers(self.model):
-            if layer.skew_correction:
-                kernel = keras.ops.convert_to_numpy(layer.kernel).reshape(
-                    -1, layer.kernel.shape[-1]
-                )
+        for weight in kso.sparse_weights(self.model):
+            if weight.topology.skew_correction:
+                kernel = keras.ops.convert_to_numpy(weight).reshape(-1, weight.shape[-1])
                 yield kernel / np.maximum(np.linalg.norm(kernel, axis=0), 1e-12)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def after_step(self):
         self.step += 1
         if self.step % self.every == TURN[0]:
             self.start = list(self._directions())

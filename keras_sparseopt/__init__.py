@@ -1,4 +1,4 @@
-"""Sparse training for Keras 3: masked layers, SparseOpt, RigL and SET."""
+"""Sparse training for Keras 3: any model, SparseOpt, RigL and SET."""
 
 import keras
 
@@ -19,13 +19,7 @@ from keras_sparseopt.analysis import (
 )
 from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
-from keras_sparseopt.conversion import (
-    masks_from_zeros,
-    set_mask,
-    sparse_layers,
-    sparsify,
-    strip,
-)
+from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.cost import layer_costs, summary
 from keras_sparseopt.devices import (
     assert_replicas_agree,
@@ -46,6 +40,7 @@ from keras_sparseopt.methods import GMP, SET, SNFS, GraNet, RigL, SRigL, Static
 from keras_sparseopt.monitors import GradientFlow
 from keras_sparseopt.optimizers import HAM, SparseOpt
 from keras_sparseopt.reporting import report
+from keras_sparseopt.topology import sparse_layers, sparse_weights
 
 __version__ = "0.1.0"
 
@@ -86,6 +81,7 @@ __all__ = [
     "resolve_strategy",
     "set_mask",
     "sparse_layers",
+    "sparse_weights",
     "sparsify",
     "strip",
     "summary",

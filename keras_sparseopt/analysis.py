@@ -7,9 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt.conversion import sparse_layers
-from keras_sparseopt.graph import Graph, functional_of
-from keras_sparseopt.masks import fan_in_axes, host
+from keras_sparseopt.backend import host
+from keras_sparseopt.graph import Graph
+from keras_sparseopt.keras_internals import all_layers, functional_of
+from keras_sparseopt.masks import fan_in_axes
+from keras_sparseopt.topology import sparse_layers, sparse_weights
 
 
 def check_p(p):
@@ -284,11 +286,15 @@ def measured_skew(model):
             f"{type(model).__name__}, built={model.built}"
         )
     graph, rows = Graph(model), []
-    for name, layer in _named_layers(model):
-        normalization = graph.batch_normalization_of(layer)
+    owners = {
+        id(weight): layer for layer in sparse_layers(model) for weight in sparse_weights(layer)
+    }
+    for name, topology in named_topologies(model):
+        normalization = graph.batch_normalization_of(owners[id(topology.variable)])
         if normalization is None:
             continue
-        density = (1 - layer.neuron_sparsity).ravel()
+        fan_in, _ = fan_in_and_out(topology)
+        density = fan_in.ravel() * fan_in.size / math.prod(topology.variable.shape)
         variance = host(normalization.moving_variance) + normalization.epsilon
         if variance.shape != density.shape:  # it normalizes several neurons together
             continue
@@ -313,20 +319,20 @@ def measured_skew(model):
 
 
 def connectivity(model):
-    """Fan-in, fan-out and dead neurons of every sparse layer.
+    """Fan-in, fan-out and dead neurons of every sparse weight.
 
     Args:
         model: Built Keras model with sparse layers.
 
     Returns:
-        List of dicts, one per sparse layer: `name` (made unique where nested models repeat one),
+        List of dicts, one per sparse weight: `name` (made unique where layers repeat one),
         `sparsity`, `fan_in` (NumPy int array, active incoming weights of every neuron), `fan_out`
         (active weights that leave every input channel; of a grouped convolution every channel of
         a group, over all groups), `dead_neurons` (neurons without active weights) and
         `dead_inputs`.
 
     Raises:
-        ValueError: If a sparse layer is not built.
+        ValueError: If the model is not built.
 
     Example:
 
@@ -340,12 +346,12 @@ def connectivity(model):
     ```
     """
     rows = []
-    for name, layer in _named_layers(model):
-        into, out = fan_in_and_out(layer.kernel.topology)
+    for name, topology in named_topologies(model):
+        into, out = fan_in_and_out(topology)
         rows.append(
             {
                 "name": name,
-                "sparsity": layer.sparsity,
+                "sparsity": 1.0 - float(host(topology.mask).mean()),
                 "fan_in": into,
                 "fan_out": out,
                 "dead_neurons": int((into == 0).sum()),
@@ -372,14 +378,15 @@ def unique_names(names):
     return unique
 
 
-def _named_layers(model):
-    layers = sparse_layers(model)
-    for layer in layers:
-        if not layer.built:
-            raise ValueError(
-                f"`model` must be built: call it once. Received: '{layer.name}' is not built"
-            )
-    return list(zip(unique_names([layer.name for layer in layers]), layers))
+def named_topologies(model):
+    """The topologies of a model's sparse weights, with unique names: list of (name, `Topology`)."""
+    unbuilt = [layer.name for layer in all_layers(model) if not layer.built]
+    if unbuilt:
+        raise ValueError(
+            f"`model` must be built: call it once. Received: not built: {', '.join(unbuilt[:5])}"
+        )
+    topologies = [variable.topology for variable in sparse_weights(model)]
+    return list(zip(unique_names([topology.name for topology in topologies]), topologies))
 
 
 def mask_overlap(masks, others):
@@ -427,5 +434,5 @@ def mask_overlap(masks, others):
 
 def _masks_of(side):
     if isinstance(side, keras.Model):
-        return [layer.kernel_mask for layer in sparse_layers(side)]
+        return [weight.topology.mask for weight in sparse_weights(side)]
     return side

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sparseopt import keras_internals
 from keras_sparseopt.devices import (
     build_optimizer,
     check_fit,
@@ -112,7 +113,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         model = self.model
-        if not all(layer.built for layer in model._flatten_layers()):
+        if not all(layer.built for layer in keras_internals.all_layers(model)):
             raise ValueError(
                 "BackupAndRestore needs a model that is built before `fit`: give its first layer "
                 "an input shape, or call a subclassed model on a batch once. "
@@ -122,7 +123,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_writable()
         self._history, self._history_restored = {}, False
-        model._initial_epoch = None  # Keras never takes back what a callback has set
+        # Keras never takes back what a callback has set.
+        keras_internals.set_initial_epoch(model, None)
         backup = self._newest(check=True)
         epochs = 0 if backup is None else backup["epochs"]
         reported, self._reported = self._reported, None
@@ -143,12 +145,13 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._history[epoch] = _numbers(logs or {})
         share_statistics(self.model)  # on JAX `self.model` brings the state into the variables
         state = [ops.convert_to_numpy(variable) for variable in self._variables()]
+        state += [ops.convert_to_numpy(tap.read()) for tap in self._carried()]
         if worker_index(self.model) == 0:
             self._write(epoch + 1, state)
 
     def on_train_end(self, logs=None):
         self._restore_history()  # where no epoch was left to train
-        self.model._initial_epoch = None
+        keras_internals.set_initial_epoch(self.model, None)
 
     def _restore_history(self):
         # Not in `on_train_begin`: Keras' own History empties itself there, after us.
@@ -168,20 +171,31 @@ class BackupAndRestore(keras.callbacks.Callback):
         model = self.model
         optimizer = model.optimizer
         sparse_opt = sparse_opt_of(optimizer)
-        if sparse_opt is None:
-            return [*model.variables, *optimizer.variables]
-        transient = {id(v) for v in sparse_opt.transient_variables}
-        kept = [v for v in optimizer.variables if id(v) not in transient]
-        return [*model.variables, *kept, *sparse_opt.carried_gradients]
+        transient = [] if sparse_opt is None else sparse_opt.transient_variables
+        transient = {id(variable) for variable in transient}
+        variables = {id(v): v for v in [*model.variables, *optimizer.variables]}
+        return [v for key, v in variables.items() if key not in transient]
+
+    def _carried(self):
+        """Averages of gradients over several steps, while somebody keeps them."""
+        sparse_opt = sparse_opt_of(self.model.optimizer)
+        return [] if sparse_opt is None else sparse_opt.carried_gradients
 
     def _restore(self, backup):
-        for variable, value in zip(self._variables(), backup["state"]):
-            variable.assign(value)
+        carried = backup["state"][len(self._variables()) :]
         sparse_opt = sparse_opt_of(self.model.optimizer)
+        with contextlib.ExitStack() as stack:
+            for weight in [] if sparse_opt is None else sparse_opt.weights:
+                stack.enter_context(weight.topology.quiet())  # its mask comes, too
+            for variable, value in zip(self._variables(), backup["state"]):
+                variable.assign(value)
+        if len(carried) == len(self._carried()):
+            for tap, value in zip(self._carried(), carried):
+                tap.assign(value)
         if sparse_opt is not None:
-            sparse_opt.sync()
+            sparse_opt.settle()
         self._history = {int(epoch): logs for epoch, logs in backup["history"].items()}
-        self.model._initial_epoch = backup["epochs"]
+        keras_internals.set_initial_epoch(self.model, backup["epochs"])
 
     # ------------------------------------------------------------------ files
 
@@ -189,7 +203,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         path = self.backup_dir / f"epoch-{epochs:06d}.npz"
         unfinished = path.with_suffix(".unfinished")
-        about = {"epochs": epochs, "history": self._history, "variables": self._signature()}
+        about = {
+            "epochs": epochs,
+            "history": self._history,
+            "variables": self._signature(self._variables()),
+            "carried": self._signature(self._carried()),
+        }
         with open(unfinished, "w+b") as file:
             arrays = {f"{i:05d}": _to_bytes(value) for i, value in enumerate(state)}
             np.savez(file, about=np.array(json.dumps(about)), **arrays)
@@ -224,14 +243,12 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"{sorted({epochs, *others})} epochs in {self.backup_dir}"
             )
 
-    def _signature(self):
+    def _signature(self, variables):
         """What must be equal for a backup to be of this model.
 
         Names without their numbers: Keras numbers layers on through a process.
         """
-        return [
-            [re.sub(r"_\d+(?=_|$)", "", v.name), list(v.shape), v.dtype] for v in self._variables()
-        ]
+        return [[re.sub(r"_\d+(?=_|$)", "", v.name), list(v.shape), v.dtype] for v in variables]
 
     def _files(self):
         """The backups, newest first."""
@@ -272,7 +289,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         return None
 
     def _check(self, backup):
-        mine, found = self._signature(), backup["variables"]
+        mine, found = self._signature(self._variables()), backup["variables"]
         if len(mine) != len(found):
             raise ValueError(
                 f"it is of another model: {len(found)} variables, this one has {len(mine)}"
@@ -303,9 +320,11 @@ def _read(path):
     if hashlib.sha256(content).digest() != checksum:
         raise ValueError("it is damaged, cut off, or not a backup (wrong checksum)")
     with np.load(io.BytesIO(content)) as file:
+        if "about" not in file.files:
+            raise ValueError("it is an archive of something else (it holds no `about`)")
         backup = json.loads(str(file["about"]))
         backup["state"] = []
-        for i, (_, shape, dtype) in enumerate(backup["variables"]):
+        for i, (_, shape, dtype) in enumerate(backup["variables"] + backup["carried"]):
             raw = file[f"{i:05d}"]
             backup["state"].append(np.frombuffer(raw, dtype=_numpy_dtype(dtype)).reshape(shape))
     return backup

@@ -1,21 +1,34 @@
-"""Dynamic sparse training: what all methods share. The methods are in `methods`."""
+"""Dynamic sparse training: when masks change, and what all methods share. They are in `methods`."""
 
-import collections
 import concurrent.futures
-import fnmatch
 import math
-import numbers
 import os
+import types
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import masks
-from keras_sparseopt.conversion import sparse_layers
-from keras_sparseopt.devices import assert_replicas_agree, build_optimizer, check_fit
-from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
+from keras_sparseopt import keras_internals, masks
+from keras_sparseopt.backend import IS_TENSORFLOW, are_on_host, host
+from keras_sparseopt.checks import (
+    check_bool,
+    check_fraction,
+    check_int,
+    check_patterns,
+    is_schedule,
+)
+from keras_sparseopt.conversion import masked_share, sparse_weights
+from keras_sparseopt.devices import (
+    assert_replicas_agree,
+    build_optimizer,
+    check_fit,
+    optimizers_of,
+    use_step,
+)
+from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+from keras_sparseopt.topology import is_named
 
 NO_GRADIENT = (
     "No dense gradient has arrived: the train step was compiled before `begin`, which then "
@@ -23,34 +36,23 @@ NO_GRADIENT = (
 )
 
 
-def _required_sparse_opt(optimizer):
-    found = sparse_opt_of(optimizer)
-    if found is None:
-        raise ValueError(
-            "The optimizer must be a SparseOpt: it moves masks, weights and slots together. "
-            "Compile with optimizer=keras_sparseopt.SparseOpt(optimizer); for masking without "
-            "the correction SparseOpt(optimizer, skew_correction=False). "
-            f"Received: optimizer={type(optimizer).__name__}"
-        )
-    return found
-
-
 class DynamicSparseTraining(keras.callbacks.Callback):
     """Base of the mask-update methods: drop the smallest weights, grow others, keep the count.
 
     ```
-    every `update_every` optimizer steps t, begin_step ≤ t < end_step, for every sparse kernel:
+    every `update_every` optimizer steps t, begin_step ≤ t < end_step, for every sparse weight:
         f(t)     = drop_fraction/2 · (1 + cos(π t / end_step))
         n_update = floor(f(t) · n_active)
-        mask     = drop_and_grow(weights, mask, grow_scores, n_update)
+        mask     = drop_and_grow(weight, mask, scores, n_update)
     ```
 
     The update comes right after optimizer step t, from the weights after that step (and, for
-    RigL, the gradient of that step). A method is a subclass with its own `grow_scores`.
+    RigL, the gradient of that step). A method is a subclass with its own `scores` or `new_mask`.
 
     Put it in `fit(callbacks=[...])`, before callbacks that read its logs (`CSVLogger`) or
-    save the model. It writes `sparsity`, `drop_fraction`, `itop_rate` and `mask_change` (the
-    fraction of active weights that the last update made new) into the logs.
+    save the model. At the end of every epoch it writes `sparsity`, `drop_fraction`, `itop_rate`
+    and `mask_change` (the fraction of active weights that the last update made new) into the logs.
+    It reads nothing between updates, and leaves Keras' asynchronous dispatch on.
 
     In a custom loop, the same object works without `fit`:
 
@@ -63,8 +65,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     method.end()
     ```
 
+    In a loop on JAX whose state lives outside of the variables, call `stateless_step` inside of
+    your jitted step instead of `step`.
+
     Nothing is kept here that a resume would need: the phase comes from
-    `optimizer.iterations`, random growth from (seed, kernel, step). Steps that loss scaling
+    `optimizer.iterations`, random growth from (seed, weight, step). Steps that loss scaling
     skips do not count.
 
     Args:
@@ -76,16 +81,22 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
             the steps of this fit.
         seed: Int, defaults to 0; of random growth.
+        layers: List of names or patterns such as `"conv*"` of sparse weights (as `summary` shows
+            them, or paths) that this method is for, or `None` (default) for all. Several methods
+            with different layers may train one model; `drop_fraction` and `mask_change` are then
+            those of the last one in the list.
+        optimizer: String, the attribute of the model that holds the `SparseOpt`, for a model with
+            several (`"generator_optimizer"`), or `None` (default) for the only one.
+        compiled: Bool, or `None` (default). `True` ranks with a compiled function where the weights
+            are, `False` on the host, `None` on the host if all of them lie there. The masks are
+            the same.
         check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
             devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers. Several methods with different layers may train one
-            model; `drop_fraction` and `mask_change` are then those of the last one in the list.
 
     Raises:
         ValueError: For an argument out of range; at the start of training if the optimizer is
-            not a `SparseOpt`, the model holds no sparse layer, or `update_every` is not a
-            multiple of `steps_per_execution`.
+            not a `SparseOpt`, the model holds no sparse weight, or `update_every` or an epoch is
+            not a multiple of `steps_per_execution`.
 
     Example:
 
@@ -95,8 +106,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     class ByDistance(kso.DynamicSparseTraining):
         # Grows the connections between the nearest units.
-        def grow_scores(self, index, kernel):
-            rows, columns = kernel.shape
+        def scores(self, weight, mask, gradient, update):
+            rows, columns = mask.shape
             distance = keras.ops.arange(rows)[:, None] - keras.ops.arange(columns)[None, :]
             return -keras.ops.cast(keras.ops.abs(distance), "float32")
 
@@ -104,10 +115,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     ```
     """
 
-    # How many steps' dense gradients `grow_scores` needs; 0 for none.
-    _gradient_steps = 0
-    # Momentum of a moving average of all steps' dense gradients, instead of the last ones'.
-    _gradient_momentum: float | None = None
+    # Whether the method needs the dense gradient of the step before an update.
+    uses_gradient = False
+    # Whether a mask may stay below the number of active weights that it was given.
+    keeps_budget = False
 
     def __init__(
         self,
@@ -116,46 +127,101 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         begin_step=0,
         end_step=None,
         seed=0,
-        check_replicas=False,
         layers=None,
+        optimizer=None,
+        compiled=None,
+        check_replicas=False,
     ):
         super().__init__()
-        if not isinstance(check_replicas, bool):
-            raise ValueError(
-                f"`check_replicas` must be a bool. Received: check_replicas={check_replicas!r}"
-            )
         check_int("update_every", update_every, 1)
         check_int("begin_step", begin_step, 0)
         if end_step is not None:
             check_int("end_step", end_step, begin_step + 1)
         check_int("seed", seed, 0)
-        if not isinstance(drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
+        check_bool("check_replicas", check_replicas)
+        if compiled is not None:
+            check_bool("compiled", compiled)
+        if not is_schedule(drop_fraction):
             check_fraction(drop_fraction)
+        if optimizer is not None and not isinstance(optimizer, str):
+            raise ValueError(
+                "`optimizer` must be the name of an attribute of the model, or None. "
+                f"Received: optimizer={optimizer!r}"
+            )
         self.update_every = int(update_every)
         self.drop_fraction = drop_fraction
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
+        self.layers = check_patterns("layers", layers)
+        self.optimizer_name = optimizer
+        self.compiled = compiled
         self.check_replicas = check_replicas
-        self.layers = check_layers("layers", layers)
         self.optimizer: Any = None
+        self._lease: Any = None
         self._logs: dict[str, float] = {}
 
-    def grow_scores(self, index, kernel):
-        """Scores by which connections grow, larger first.
+    # ------------------------------------------------------------------ what a method is
+
+    def scores(self, weight, mask, gradient, update):
+        """What grows first: larger scores.
 
         Args:
-            index: Int, position of the kernel among `optimizer.sparse_kernels`.
-            kernel: Keras variable; `self.optimizer.dense_gradient(kernel)` is its gradient if
-                the method asked for gradients.
+            weight: Float array, the present value.
+            mask: Bool array, the present mask.
+            gradient: Array of the dense gradient, for a method with `uses_gradient`; else `None`.
+            update: What else is known: `update.step`, the optimizer step; `update.index`, the
+                weight's position among all; `update.num_update`; `update.topology`; and what `plan`
+                has added.
 
         Returns:
-            Float tensor of the kernel's shape; `None` for a method that grows nothing. Unless
-            overridden, the magnitude of the dense gradient, for a method that asked for it.
+            Float array of the weight's shape. Unless overridden, |gradient|. All arrays are
+            NumPy's, or tensors while the update is compiled; Python's operators and `keras.ops`
+            serve both.
         """
-        if not self._gradient_steps:
-            raise NotImplementedError(f"{type(self).__name__} must implement `grow_scores`.")
-        return ops.abs(self.optimizer.dense_gradient(kernel))
+        if gradient is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must implement `scores` or `new_mask`, or set "
+                "`uses_gradient = True`."
+            )
+        return abs(gradient)
+
+    def new_mask(self, weight, mask, gradient, update):
+        """The next mask of one weight: a pure function.
+
+        Args:
+            weight, mask, gradient, update: As in `scores`.
+
+        Returns:
+            Bool array of the weight's shape.
+        """
+        scores = self.scores(weight, mask, gradient, update)
+        return masks.drop_and_grow(weight, mask, scores, update.num_update)
+
+    def plan(self, weights, active):
+        """What an update must know of all weights together, before any of them changes.
+
+        Args:
+            weights: List of the optimizer's `Weight`s that will be updated.
+            active: List of ints, their active weights.
+
+        Returns:
+            List of dicts of numbers, which become attributes of `update`.
+        """
+        fraction = self.current_drop_fraction(self._step)
+        return [{"num_update": math.floor(fraction * number)} for number in active]
+
+    def is_due(self):
+        """Whether masks change at the present step, a multiple of `update_every`."""
+        return self.begin_step <= self._step < self._end_step
+
+    def is_over(self):
+        """Whether masks will not change any more."""
+        return self._step >= self._end_step
+
+    def lease(self, optimizer):
+        """The `Lease` on dense gradients that the method needs, or `None`."""
+        return optimizer.lease_gradients() if self.uses_gradient else None
 
     # ------------------------------------------------------------------ any training loop
 
@@ -168,10 +234,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 `end_step=None`.
 
         Returns:
-            Bool, whether the train step must be compiled again: the optimizer has begun to
-            keep dense gradients.
+            Bool, whether the train step must be compiled again: the optimizer keeps other
+            gradients than before.
         """
-        optimizer = _required_sparse_opt(optimizer)
+        optimizer = _required(optimizer)
         if self.end_step is None and total_steps is None:
             raise ValueError(
                 "`total_steps` must be given when the callback has no `end_step`. "
@@ -181,22 +247,29 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             raise ValueError(
                 "`optimizer` must be built: call optimizer.build(model.trainable_variables)."
             )
-        if not optimizer.sparse_kernels:
+        if not optimizer.sparse_weights:
             raise ValueError(
-                "The optimizer trains no sparse layer, or all of them are frozen. Convert the "
+                "The optimizer trains no sparse weight, or all of them are frozen. Convert the "
                 "model with keras_sparseopt.sparsify(model, sparsity), or use SparseDense, …"
             )
         self._check_layers_exist(optimizer)
         self.optimizer, self._settled = optimizer, False
         self._set_horizon(0, total_steps)
-        changed = False
-        if self._gradient_steps:
-            changed = optimizer.open_taps(
-                self._gradient_steps, self.update_every, self._gradient_momentum
-            )
-        optimizer.sync()
-        self._look_again()
-        return changed
+        before = optimizer.kept_gradients
+        self._lease = self.lease(optimizer)
+        optimizer.settle()
+        self._look()
+        self._logs = self.read_logs()
+        return optimizer.kept_gradients != before
+
+    def _check_layers_exist(self, optimizer):
+        topologies = [variable.topology for variable in optimizer.sparse_weights]
+        for pattern in self.layers or ():
+            if not any(is_named(topology, [pattern]) for topology in topologies):
+                raise ValueError(
+                    "`layers` must name sparse weights that are trained: "
+                    f"{[topology.name for topology in topologies]}. Received: {pattern!r}"
+                )
 
     def _set_horizon(self, first_step, total_steps):
         """Where annealing starts and updates end, in optimizer steps."""
@@ -213,171 +286,320 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             batches: Int, how many times it was applied since the last call, defaults to 1.
 
         Returns:
-            Dict with `sparsity`, `drop_fraction`, `itop_rate`, `mask_change`.
+            Dict with `sparsity`, `drop_fraction`, `itop_rate`, `mask_change`, after the last
+            update.
+
+        Raises:
+            ValueError: If the optimizer's step count stands still, because the state of the loop
+                lives outside of the variables.
         """
         if self.optimizer is None:
             raise ValueError("`begin` must be called before `step`.")
         if self._may_be_due(batches):
-            self._update_if_due()
+            pending, before = self._pending, self._step
+            if self._update_if_due():
+                self._logs = self.read_logs()
+            if not IS_TENSORFLOW and self._step == before and pending >= 2 * self._calls(1):
+                raise ValueError(
+                    f"`step` has nothing to do: optimizer.iterations stands at {before} after "
+                    f"{pending} more steps, so the state of the loop lives outside of the "
+                    "variables. Call `stateless_step` inside of your jitted step, or assign the "
+                    "state to the variables before `step`."
+                )
+            self._logs["drop_fraction"] = self.current_drop_fraction(self._step)
         return dict(self._logs)
 
     def end(self):
         """Stop; frees the dense gradients."""
-        if self._gradient_steps and self.optimizer is not None:
-            self.optimizer.close_taps()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def stateless_step(self, optimizer_variables, trainable_variables):
+        """`step` as a pure function on JAX, to be called inside of your jitted train step.
+
+        ```
+        method.begin(optimizer, total_steps)                    # once, before
+        def train_step(trainable, state, batch):
+            ...
+            trainable, state = optimizer.stateless_apply(state, gradients, trainable)
+            return method.stateless_step(state, trainable)[::-1]
+        ```
+
+        Args:
+            optimizer_variables: List of arrays, the values of `optimizer.variables`, after
+                `stateless_apply`. Take them after `begin`.
+            trainable_variables: List of arrays, of the variables that the optimizer trains.
+
+        Returns:
+            Tuple of `optimizer_variables` and `trainable_variables`, with new masks where an update
+            was due. The drop fraction is computed in float32 here.
+
+        Raises:
+            ValueError: On TensorFlow; if the lists do not fit; for layers sparse by construction,
+                whose masks are not variables of the optimizer (use `sparsify`).
+            NotImplementedError: For a method with a plan of its own (`GMP`, `GraNet`, `SRigL`).
+        """
+        optimizer = self.optimizer
+        if optimizer is None:
+            raise ValueError("`begin` must be called before `stateless_step`.")
+        if IS_TENSORFLOW:
+            raise ValueError("`stateless_step` is for the JAX backend; use `step`.")
+        if type(self).plan is not DynamicSparseTraining.plan:
+            raise NotImplementedError(
+                f"{type(self).__name__} plans its updates on the host; use `fit` or `step`."
+            )
+        weights = self._weights()
+        owned = [w.topology.name for w in weights if not w.topology.is_attached]
+        if owned:
+            raise ValueError(
+                "`stateless_step` needs masks that `sparsify` has attached. Received: layers that "
+                f"are sparse by construction: {', '.join(owned)}"
+            )
+        trained = keras_internals.trained_variables(optimizer)
+        lists = (trained, trainable_variables), (optimizer.variables, optimizer_variables)
+        for own, given in lists:
+            if len(own) != len(given):
+                raise ValueError(
+                    "The lists must hold the values of the optimizer's and of the trained "
+                    f"variables, {len(lists[1][0])} and {len(trained)}. Received: "
+                    f"{len(optimizer_variables)} and {len(trainable_variables)}"
+                )
+        mapping = [pair for own, given in lists for pair in zip(own, given)]
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self._update_traced(weights, scope)
+        return tuple(
+            [scope.get_current_value(v) for v in own] for own in (optimizer.variables, trained)
+        )
+
+    def _update_traced(self, weights, scope):
+        optimizer = self.optimizer
+        base = optimizer.base_optimizer()
+        calls = ops.convert_to_tensor(keras_internals.step_count(base))
+        step = ops.convert_to_tensor(optimizer.iterations)
+        due = ops.all(
+            ops.stack([calls % self._calls(1) == 0, step >= self.begin_step, step < self._end_step])
+        )
+        fraction = self.current_drop_fraction(step)
+        moving = []
+        for weight in weights:
+            variables = [weight.variable, *weight.slots, weight.explored, weight.topology.mask]
+            variables += [] if weight.scale is None else [weight.scale]
+            moving.append(variables)
+        gradients = [self._lease.gradient(w.variable) if self._lease else None for w in weights]
+        finite = [
+            ops.all(ops.isfinite(x)) for pair in zip(weights, gradients)
+            for x in (pair[0].variable, pair[1]) if x is not None
+        ]  # fmt: skip
+        due = ops.all(ops.stack([due, *finite]))
+
+        def update():
+            results, changed, active = [], 0, 0
+            for weight, variables, gradient in zip(weights, moving, gradients):
+                values = [ops.convert_to_tensor(v) for v in variables]
+                state, mask = values[: 2 + len(weight.slots)], values[2 + len(weight.slots)]
+                number = ops.floor(ops.cast(masks.count(mask), "float32") * fraction)
+                facts = {"num_update": ops.cast(number, "int32"), "step": step}
+                new_mask = self._ranking(weight)
+                mover = optimizer.mover(weight, new_mask, initial=False)
+                state, mask, scale, new, count = mover(state, mask, gradient, facts)
+                results.append([*state, mask, *([] if scale is None else [scale])])
+                changed, active = changed + new, active + count
+            change = ops.cast(changed, "float32") / ops.cast(ops.maximum(active, 1), "float32")
+            return results, change
+
+        def leave():
+            same = [[ops.convert_to_tensor(v) for v in variables] for variables in moving]
+            return same, ops.convert_to_tensor(optimizer.mask_change)
+
+        results, change = ops.cond(due, update, leave)
+        for variables, values in zip(moving, results):
+            for variable, value in zip(variables, values):
+                scope.add_update((variable, value))
+        scope.add_update((optimizer.mask_change, change))
+
+    # ------------------------------------------------------------------ when
+
+    def _calls(self, updates):
+        """How many calls of `apply` lie between so many mask updates, at least."""
+        accumulation = self.optimizer.base_optimizer().gradient_accumulation_steps or 1
+        return updates * self.update_every * accumulation
 
     def _may_be_due(self, batches):
         """Whether the step count can have crossed a multiple, without reading it.
 
-        Reading a variable waits for the device (and on JAX copies the whole state), so the
+        Reading a variable waits for the device (and on JAX moves the whole state), so the
         applied batches are counted here; skipped steps only make the count an upper bound.
         """
         self._pending += batches
         accumulation = self.optimizer.base_optimizer().gradient_accumulation_steps or 1
         return self._step + math.ceil(self._pending / accumulation) >= self._next
 
-    def _look_again(self):
-        self._step = int(ops.convert_to_numpy(self.optimizer.iterations))
+    def _look(self):
+        self._step = int(host(self.optimizer.iterations))
         self._pending = 0
         self._next = (self._step // self.update_every + 1) * self.update_every
-        self._logs.update(
-            sparsity=self._sparsity(),
-            drop_fraction=self._current_drop_fraction(self._step),
-            itop_rate=self.optimizer.itop_rate(),
-            mask_change=float(masks.host(self.optimizer.mask_change)),
-        )
 
     def _update_if_due(self):
-        before = self._step // self.update_every
-        self._step = int(ops.convert_to_numpy(self.optimizer.iterations))
-        self._pending = 0
+        """Update the masks, if the step count says so; whether it did."""
+        before, pending = self._step // self.update_every, self._pending
+        self._look()
         if self._step // self.update_every == before:
-            return
-        if self._is_due():
-            self._update_masks()
-        self._look_again()
+            self._pending = pending if self._step % self.update_every == 0 else 0
+            return False
+        if self.is_due():
+            self.update_masks()
+            return True
+        return False
 
-    def _is_due(self):
-        return self.begin_step <= self._step < self._end_step
-
-    def _current_drop_fraction(self, step):
-        if isinstance(self.drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
-            value = float(ops.convert_to_numpy(self.drop_fraction(step)))
-            check_fraction(value)
+    def current_drop_fraction(self, step):
+        """f(t): float, or a tensor for a step that is one."""
+        if is_schedule(self.drop_fraction):
+            value = self.drop_fraction(step)
+            if isinstance(step, int):
+                value = float(host(value))
+                check_fraction(value)
             return value
-        progress = min((step - self._first_step) / (self._end_step - self._first_step), 1.0)
-        return self.drop_fraction / 2 * (1 + math.cos(math.pi * progress))
+        progress = (step - self._first_step) / (self._end_step - self._first_step)
+        if isinstance(step, int):
+            return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        progress = ops.minimum(ops.cast(progress, "float32"), 1.0)
+        return self.drop_fraction / 2 * (1 + ops.cos(math.pi * progress))
 
-    def _kernels(self):
-        """The kernels that this method is for, with their positions among all."""
+    # ------------------------------------------------------------------ one update
+
+    def _weights(self):
+        """The weights that this method is for."""
         return [
-            (index, kernel)
-            for index, kernel in enumerate(self.optimizer.sparse_kernels)
-            if self._is_for(kernel)
+            weight
+            for weight in self.optimizer.weights
+            if weight.variable.trainable
+            and (self.layers is None or is_named(weight.topology, self.layers))
         ]
 
-    def _is_for(self, kernel):
-        return self.layers is None or is_named(kernel, self.layers)
-
-    def _check_layers_exist(self, optimizer):
-        names = [kernel.topology.name for kernel in optimizer.sparse_kernels]
-        for pattern in self.layers or ():
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(
-                    f"`layers` must name sparse layers that are trained: {names}. "
-                    f"Received: {pattern!r}"
-                )
-
-    def _update_masks(self):
+    def update_masks(self):
+        """Change the masks now, whatever the schedule says."""
         if self.check_replicas:  # before: the update gives all replicas the same
             assert_replicas_agree(self.optimizer)
-        kernels = self._kernels()
-        if self._gradient_steps:
-            gradients = [_Values(self.optimizer.dense_gradient(kernel)) for _, kernel in kernels]
-            # A layer that no loss depends on has none; its topology stays.
-            kernels = [pair for pair, g in zip(kernels, gradients) if g.are_written]
-            if not kernels:
-                raise ValueError(NO_GRADIENT)
-            if not all(g.are_finite for g in gradients if g.are_written):
-                return self._keep_masks("the dense gradient is")
-        if not all(_Values(kernel).are_finite for _, kernel in kernels):
-            return self._keep_masks("the weights are")
-        self.plan(kernels)
-        fraction = self._current_drop_fraction(self._step)
-        workers = os.cpu_count() or 1
-        changed = active = 0
-        # Layers are ranked in parallel. Only a few wait at a time: their scores take memory.
-        waiting: collections.deque = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            while kernels or waiting:
-                if kernels and len(waiting) < workers:
-                    index, kernel = kernels.pop(0)
-                    mask = masks.host(kernel.topology.mask)
-                    scores = self.grow_scores(index, kernel)
-                    scores = None if scores is None else masks.host(scores)
-                    arguments = kernel, masks.host(kernel), mask, scores, fraction
-                    waiting.append((kernel, mask, pool.submit(self.new_mask, *arguments)))
-                    continue
-                kernel, old, ranking = waiting.popleft()
-                new = ranking.result()
-                changed += int(np.count_nonzero(new & ~old))
-                active += int(np.count_nonzero(new))
-                if not np.array_equal(new, old):
-                    self.optimizer.rewire(kernel, new)
-        self.optimizer.mask_change.assign(changed / max(active, 1))
+        weights = self._weights()
+        gradients = dict.fromkeys((weight.index for weight in weights), None)
+        if self._lease is not None:
+            gradients = {w.index: self._lease.gradient(w.variable) for w in weights}
+        facts = self.optimizer.inspect(weights, gradients)
+        # A layer that no loss depends on has no gradient; its topology stays.
+        weights = [weight for weight in weights if facts[weight.index]["gradient_is_written"]]
+        if not weights:
+            raise ValueError(NO_GRADIENT)
+        for what in ("gradient", "weight"):
+            if not all(facts[weight.index][f"{what}_is_finite"] for weight in weights):
+                name = {"gradient": "the dense gradient is", "weight": "the weights are"}[what]
+                print(
+                    f"\n{type(self).__name__}: {name} not finite at step {self._step}; "
+                    "the masks stay as they are."
+                )
+                return
+        plan = self.plan(weights, [facts[weight.index]["active"] for weight in weights])
+        plan = [{"step": self._step, **numbers} for numbers in plan]
+        if self._ranks_on_host(weights):
+            self._update_on_host(weights, gradients, plan)
+        else:
+            self.optimizer.update_compiled(
+                [
+                    (weight, self._ranking(weight), numbers, gradients[weight.index])
+                    for weight, numbers in zip(weights, plan)
+                ],
+                key=self._key(),
+                keeps_budget=self.keeps_budget,
+            )
         if self.check_replicas:
             assert_replicas_agree(self.optimizer)
 
-    def plan(self, kernels):
-        """What an update must know of all layers together, before any of them changes.
+    def _ranks_on_host(self, weights):
+        if self.compiled is not None:
+            return not self.compiled
+        return are_on_host([weight.variable for weight in weights])
 
-        Args:
-            kernels: List of (index, Keras variable) of the kernels that will be updated.
-        """
+    def _update_on_host(self, weights, gradients, plan):
+        """Weights are ranked in parallel, a few at a time: their scores take memory."""
+        workers = os.cpu_count() or 1
 
-    def new_mask(self, kernel, weights, mask, scores, fraction):
-        """One kernel's next mask. Runs in a thread of its own, on NumPy arrays.
+        def rank(weight, numbers):
+            gradient = gradients[weight.index]
+            gradient = None if gradient is None else host(gradient)
+            value, mask = host(weight.variable), host(weight.topology.mask)
+            return host(self._ranking(weight)(value, mask, gradient, numbers))
 
-        Args:
-            kernel: Keras variable; read its `topology` only, not its value.
-            weights: Float array, the kernel's value.
-            mask: Bool array, the present mask.
-            scores: Float array, what `grow_scores` returned, or `None`.
-            fraction: Float, the present drop fraction.
+        changed = active = 0
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for first in range(0, len(weights), workers):
+                some = slice(first, first + workers)
+                for weight, new in zip(weights[some], pool.map(rank, weights[some], plan[some])):
+                    old = host(weight.topology.mask)
+                    changed += int(np.count_nonzero(new & ~old))
+                    active += int(np.count_nonzero(new))
+                    if not np.array_equal(new, old):
+                        self.optimizer.rewire(weight.variable, new, self.keeps_budget)
+        self.optimizer.mask_change.assign(changed / max(active, 1))
 
-        Returns:
-            Bool array of the same shape.
-        """
-        num_update = math.floor(fraction * np.count_nonzero(mask))
-        return masks.drop_and_grow(weights, mask, scores, num_update)
+    def _ranking(self, weight):
+        """`new_mask` of one weight, as a function of arrays and numbers only."""
+        known = {"index": weight.index, "topology": weight.topology}
 
-    def _keep_masks(self, what):
-        print(
-            f"\n{type(self).__name__}: {what} not finite at step {self._step}; "
-            "the masks stay as they are."
+        def rank(value, mask, gradient, numbers):
+            update = types.SimpleNamespace(**known, **numbers)
+            return self.new_mask(value, mask, gradient, update)
+
+        return rank
+
+    def _key(self):
+        """What distinguishes compiled updates: the class, and every argument."""
+        told = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        arguments = {k: v for k, v in told.items() if k not in ("params", "optimizer", "model")}
+        key = type(self), *sorted(arguments.items())
+        try:
+            hash(key)
+        except TypeError:
+            return id(self)
+        return key
+
+    def read_logs(self):
+        """What appears in the logs: dict of floats."""
+        facts = self.optimizer.inspect(
+            [weight for weight in self.optimizer.weights if weight.variable.trainable]
         )
-
-    def _sparsity(self):
-        kernels = self.optimizer.sparse_kernels
-        active = sum(int(np.count_nonzero(masks.host(k.topology.mask))) for k in kernels)
-        return 1.0 - active / sum(math.prod(k.shape) for k in kernels)
+        sizes = [math.prod(self.optimizer.weights[index].variable.shape) for index in facts]
+        return {
+            "sparsity": 1.0 - sum(fact["active"] for fact in facts.values()) / sum(sizes),
+            "drop_fraction": self.current_drop_fraction(self._step),
+            "itop_rate": self.optimizer.itop_rate(),
+            "mask_change": float(host(self.optimizer.mask_change)),
+        }
 
     # ------------------------------------------------------------------ inside of `fit`
 
     def on_train_begin(self, logs=None):
         model = self.model
-        self.optimizer = None
-        _required_sparse_opt(model.optimizer)
+        self.end()  # of a fit that was interrupted
+        self.optimizer, self._epoch = None, None
+        self._find_optimizer(model)
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_interval(model.steps_per_execution)
-        if self.end_step is None and self.params.get("steps") is None:
-            raise ValueError(
-                "`end_step` must be given when the number of steps per epoch is unknown. "
-                "Received: end_step=None"
-            )
         # TensorFlow builds a model without known input shape at its first batch.
-        if all(layer.built for layer in model._flatten_layers()):
+        if all(layer.built for layer in keras_internals.all_layers(model)):
             self._begin_fit(model)
+
+    def _find_optimizer(self, model):
+        """The `SparseOpt` of the model that this method is for."""
+        if self.optimizer_name is not None:
+            return _required(getattr(model, self.optimizer_name, None))
+        found = [o for o in optimizers_of(model) if sparse_opt_of(o) is not None]
+        if len(found) > 1:
+            names = [k for k, v in vars(model).items() if any(v is o for o in found)]
+            raise ValueError(
+                "The model has several SparseOpts: give each its own callback, with "
+                f"`optimizer=`. Received: {', '.join(names)}"
+            )
+        return _required(found[0] if found else model.optimizer)
 
     def _check_interval(self, steps_per_execution):
         if self.update_every % steps_per_execution:
@@ -386,54 +608,109 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 f"come late. Received: update_every={self.update_every}, "
                 f"steps_per_execution={steps_per_execution}"
             )
+        steps, epochs = self.params.get("steps"), self.params.get("epochs", 1)
+        if steps is not None and steps % steps_per_execution and epochs > 1:
+            raise ValueError(
+                "The steps of an epoch must be a multiple of `steps_per_execution`, or updates "
+                f"would come late. Received: {steps} steps, "
+                f"steps_per_execution={steps_per_execution}"
+            )
 
     def _begin_fit(self, model):
-        if not sparse_layers(model):
+        if not sparse_weights(model):
             raise ValueError(
-                "The model holds no sparse layer. Convert it with "
+                "The model holds no sparse weight. Convert it with "
                 "keras_sparseopt.sparsify(model, sparsity), or use SparseDense, SparseConv2D, …"
                 f" Received: model '{model.name}'"
             )
-        build_optimizer(model)
-        if self.begin(model.optimizer, total_steps=self._fit_steps(model) or 1):
-            model.make_train_function(force=True)
+        optimizer = self._find_optimizer(model)
+        if optimizer is sparse_opt_of(model.optimizer):
+            build_optimizer(model)
+        elif not optimizer.built:  # the model's own step builds it
+            return
+        self.begin(optimizer, total_steps=self._fit_steps(model) or 1)
+        use_step(model)
+        self._tell_what_is_sparse(model)
+
+    def _tell_what_is_sparse(self, model):
+        if not self.params.get("verbose") or keras_internals.told_once(model):
+            return
+        masked, total, dense = masked_share(model)
+        text = f"{masked / total:.1%} of the {total:,} kernel weights have a mask"
+        if dense:
+            names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:8])
+            more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
+            text += f"; dense: {names}{more}"
+        print(f"{type(self).__name__}: {text}.")
 
     def _fit_steps(self, model):
         """Optimizer steps from epoch 0 to the end of this fit, `None` if unknown."""
         if self.params.get("steps") is None:
             return None
-        base = _required_sparse_opt(model.optimizer).base_optimizer()
+        base = self._find_optimizer(model).base_optimizer()
         accumulation = base.gradient_accumulation_steps or 1
         return self.params["epochs"] * self.params["steps"] / accumulation
 
     def _settle(self):
         """Read phase and horizon off the step count, which may just have been restored."""
         self._settled = True
-        self.optimizer.sync()
+        self.optimizer.settle()
         if self.end_step is None:
-            steps = self._fit_steps(self._model)
-            now = int(ops.convert_to_numpy(self.optimizer.iterations))
+            steps = self._fit_steps(keras_internals.model_of(self))
+            now = int(host(self.optimizer.iterations))
+            if steps is None:
+                if not (self._epoch and now):
+                    raise ValueError(
+                        "`end_step` must be given when the number of steps per epoch is unknown. "
+                        "Received: end_step=None"
+                    )
+                steps = now / self._epoch * self.params["epochs"]  # as many as so far
             before_this_fit = math.floor(now - self._epoch * steps / self.params["epochs"])
             self._set_horizon(max(0, before_this_fit), steps)
-        self._look_again()
+        self._look()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._last_batch, self._epoch = -1, epoch
+        self._applied, self._epoch = 0, epoch
         # Not in `on_train_begin`: BackupAndRestore may have restored the state after ours.
         if self.optimizer is not None and not self._settled:
             self._attach_state()
             self._settle()
 
-    def on_train_batch_end(self, batch, logs=None):
-        batches, self._last_batch = batch - self._last_batch, batch
+    # Not `on_train_batch_end`: Keras would wait for the loss of every batch, and call it in a
+    # thread beside the training. The next batch's beginning is the same point.
+    def on_train_batch_begin(self, batch, logs=None):
+        batches, self._applied = batch - self._applied, batch
+        if not batches:
+            return
         if self.optimizer is None:  # the first batch has built the model
-            self._begin_fit(self.model)
-            self._settle()
+            self._begin_late()
         elif self._may_be_due(batches):
             self._attach_state()
             self._update_if_due()
-        if logs is not None:
-            logs.update(self._logs)
+            self._stop_keeping_gradients()
+
+    def _begin_late(self):
+        self._begin_fit(self.model)
+        if self.optimizer is not None:
+            self._settle()
+
+    def _stop_keeping_gradients(self):
+        if self._lease is not None and self.is_over():
+            self.end()
+            use_step(keras_internals.model_of(self))
+
+    def _after_last_batch(self):
+        """An update that is due after an epoch's last step comes before anything looks at it."""
+        if self.optimizer is None:
+            self._begin_late()
+        elif self._epoch is not None:
+            self._update_if_due()
+            self._stop_keeping_gradients()
+
+    def on_test_begin(self, logs=None):
+        if self._epoch is not None:
+            self._attach_state()
+            self._after_last_batch()
 
     def _attach_state(self):
         # In the middle of an epoch JAX holds the state outside of the variables; reading
@@ -441,66 +718,27 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         _ = self.model
 
     def on_epoch_end(self, epoch, logs=None):
-        if logs is not None:
-            logs.update(self._logs)
+        self._attach_state()
+        self._after_last_batch()
+        if self.optimizer is not None:
+            self._logs = self.read_logs()
+            if logs is not None:
+                logs.update(self._logs)
 
     def on_train_end(self, logs=None):
-        if self.optimizer is None:
-            return
-        self.end()
-        if self._gradient_steps:
-            # The compiled step writes to the freed gradients; `fit` makes a new one.
-            self.model.train_function = None
+        self._epoch = None
+        if self.optimizer is not None:
+            self.end()
+            use_step(self.model)
 
 
-class _Values:
-    """What an update must know of a gradient or of weights before it may use them."""
-
-    def __init__(self, tensor):
-        values = masks.host(tensor).ravel()
-        # One fast pass; it can only overflow where a value has become enormous.
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.are_finite = bool(np.isfinite(np.dot(values, values)))
-        if not self.are_finite:
-            self.are_finite = bool(np.isfinite(values).all())
-        self.are_written = self.are_finite or not np.all(values == UNWRITTEN)
-
-
-def is_named(kernel, patterns):
-    """Whether the layer of a sparse kernel has one of these names or patterns."""
-    return any(fnmatch.fnmatch(kernel.topology.name, pattern) for pattern in patterns)
-
-
-def check_layers(argument, layers):
-    """A list of layer names or patterns as a tuple, or `None`."""
-    if layers is None:
-        return None
-    listed = isinstance(layers, (list, tuple)) and layers
-    if not listed or not all(isinstance(name, str) for name in layers):
+def _required(optimizer):
+    found = sparse_opt_of(optimizer)
+    if found is None:
         raise ValueError(
-            f"`{argument}` must be a list of layer names or patterns, or None. "
-            f"Received: {argument}={layers!r}"
+            "The optimizer must be a SparseOpt: it moves masks, weights and slots together. "
+            "Compile with optimizer=keras_sparseopt.SparseOpt(optimizer); for masking without "
+            "the correction SparseOpt(optimizer, skew_correction=False). "
+            f"Received: optimizer={type(optimizer).__name__}"
         )
-    return tuple(layers)
-
-
-def check_float(argument, value, minimum, limit):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not minimum <= value < limit:
-        raise ValueError(
-            f"`{argument}` must be in [{minimum}, {limit}). Received: {argument}={value!r}"
-        )
-
-
-def check_int(argument, value, minimum):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise ValueError(f"`{argument}` must be an int ≥ {minimum}. Received: {argument}={value!r}")
-
-
-def check_fraction(value):
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
-        raise ValueError(
-            "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. "
-            f"Received: drop_fraction={value!r}"
-        )
+    return found

@@ -1,26 +1,34 @@
-"""From dense Keras models to sparse ones and back."""
+"""From dense models to sparse ones and back, in place."""
 
 import fnmatch
-import math
+import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import distributions, masks
+from keras_sparseopt import distributions, keras_internals, masks
 from keras_sparseopt import layers as sparse
-from keras_sparseopt.graph import Graph, functional_of
+from keras_sparseopt.backend import host
+from keras_sparseopt.devices import optimizers_of
+from keras_sparseopt.graph import Following
 from keras_sparseopt.initializers import SparseHeNormal
+from keras_sparseopt.topology import (
+    attach,
+    detach,
+    kernels_of,
+    sparse_weights,
+    topology_of,
+)
 
-_SPARSE_CLASS = {
-    keras.layers.Dense: sparse.SparseDense,
-    keras.layers.Conv1D: sparse.SparseConv1D,
-    keras.layers.Conv2D: sparse.SparseConv2D,
-    keras.layers.Conv3D: sparse.SparseConv3D,
-    keras.layers.EinsumDense: sparse.SparseEinsumDense,
-}
-_DENSE_CLASS = {sparse_class: dense for dense, sparse_class in _SPARSE_CLASS.items()}
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_PLAIN = {
+    sparse.SparseDense: keras.layers.Dense,
+    sparse.SparseConv1D: keras.layers.Conv1D,
+    sparse.SparseConv2D: keras.layers.Conv2D,
+    sparse.SparseConv3D: keras.layers.Conv3D,
+    sparse.SparseEinsumDense: keras.layers.EinsumDense,
+}
 _DISTRIBUTIONS = {
     "uniform": distributions.uniform,
     "er": distributions.er,
@@ -28,14 +36,278 @@ _DISTRIBUTIONS = {
 }
 
 
-def sparse_layers(model):
-    """The sparse layers of a model, nested ones too, each once, in the model's order.
+def sparsify(
+    model, sparsity, distribution="erk", include=(), exclude=(), *, skew_correction="auto", seed=0
+):
+    """Make a model sparse, in place: random, exact masks hang on its weights.
+
+    Works on any built Keras model: Functional, Sequential, subclassed, KerasHub's, with layers
+    inside of layers at any depth. No layer is replaced: inactive weights are 0, and `SparseOpt`
+    keeps them there. Do it before the optimizer is built: sparsify, then `compile`.
+
+    | masked | which |
+    |---|---|
+    | by default | `kernel` of Dense, EinsumDense, convolutions and transposed convolutions; the pointwise kernel of separable ones; `kernel` and `recurrent_kernel` of recurrent cells; the projections of attention layers; every weight of rank ≥ 2 with `kernel` in its name in layers of your own |
+    | with `include` | depthwise kernels, embeddings, frozen weights, any other weight of rank ≥ 2 |
+    | never | biases, normalizations, what preprocessing layers know |
+
+    What stays dense is **outside the budget**: `sparsity` is the inactive fraction of the masked
+    weights together. `summary` says what that is of the whole model.
 
     Args:
-        model: Any Keras model or layer.
+        model: Built Keras model.
+        sparsity: Float in [0, 1). Ignored, and may be `None`, with a dict `distribution`.
+        distribution: `"erk"` (default), `"er"`: the total number of active weights is exact,
+            each weight tensor within one of its share. `"uniform"`: all at `sparsity`, the first
+            convolution stays dense. Or a dict from rule (a name, path or pattern) to sparsity;
+            what it does not name stays dense.
+        include: What to mask that is not masked by default. A rule, or a list of rules: a name or
+            pattern, such as `"block1_*"`, of a layer (with all inside of it) or of a weight's path;
+            a layer; a layer class; a predicate `layer → bool`; a Keras variable.
+        exclude: What to leave dense, by the same rules. It outranks `include`.
+        skew_correction: Which weights `SparseOpt` may correct. `"auto"` (default): those that feed
+            a normalization (through bias, activation, padding, pooling, reshape, addition or
+            concatenation), read off the model's graph; inside of layers and of subclassed models,
+            those after which a normalization is the next layer with weights that is called.
+            `True` or `False` for all; or rules.
+        seed: Int, masks are drawn from (seed, position of the weight).
 
     Returns:
-        List of layers.
+        The model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: For a wrong argument, a rule that matches nothing, a model that is not built, or
+            if nothing is left to mask. The model has not changed then.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.applications.MobileNet(weights=None)
+    kso.sparsify(model, 0.9, exclude=["conv1", "conv_preds"])
+    kso.summary(model)
+    ```
+
+    References:
+        Mocanu et al. 2018 (ER), Evci et al. 2020 (ERK); see `keras_sparseopt.erk`.
+    """  # noqa: E501
+    _check_built(model)
+    if not isinstance(distribution, dict):
+        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
+            raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed!r}")
+    _check_not_training(model)
+    chosen = maskable(model, include, exclude)
+    kernels, counts = _active_counts(model, chosen, sparsity, distribution)
+    if not kernels:
+        raise ValueError(
+            "Nothing is left to mask: the model has no kernel that is trainable, dense and "
+            f"outside of `exclude`. Received: exclude={exclude!r}, distribution={distribution!r}"
+        )
+    drawn = []
+    for position, (kernel, count) in enumerate(zip(kernels, counts)):
+        own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
+        drawn.append(masks.random_mask(kernel.variable.shape, 1 - count / kernel.size, own_seed))
+    _attach_all(model, kernels, drawn, skew_correction)
+    if not exclude and not isinstance(distribution, dict):
+        _warn_if_mostly_dense(model)
+    return model
+
+
+def maskable(model, include=(), exclude=()):
+    """The kernels that `sparsify` would mask: list of `Kernel`, without those that have a mask."""
+    kernels = [k for k in kernels_of(model) if topology_of(k.variable) is None]
+    included = _matched(model, kernels, "include", include)
+    possible = [k for k in kernels if stays_dense(k) == "" or id(k.variable) in included]
+    excluded = _matched(model, possible, "exclude", exclude)
+    return [k for k in possible if id(k.variable) not in excluded]
+
+
+def stays_dense(kernel):
+    """Why `sparsify` leaves a kernel dense unless it is included: string, `""` if it does not."""
+    return kernel.why_not or ("" if kernel.variable.trainable else "frozen")
+
+
+def _attach_all(model, kernels, drawn, skew_correction):
+    for kernel in kernels:
+        if kernel.size > masks.MAX_KERNEL_SIZE:
+            raise ValueError(
+                f"A sparse kernel may hold at most {masks.MAX_KERNEL_SIZE} weights. "
+                f"Received: '{kernel.variable.path}' of shape {tuple(kernel.variable.shape)}"
+            )
+    following = Following(model)
+    feeds = [following.normalization_after(kernel.layer) for kernel in kernels]
+    if isinstance(skew_correction, bool):
+        corrected = [skew_correction] * len(kernels)
+    elif isinstance(skew_correction, str) and skew_correction == "auto":
+        corrected = [bool(normalization) for normalization in feeds]
+    else:
+        named = _matched(model, kernels, "skew_correction", skew_correction)
+        corrected = [id(kernel.variable) in named for kernel in kernels]
+    for kernel, mask, correct, normalization in zip(kernels, drawn, corrected, feeds):
+        variable = kernel.variable
+        values = masks.masked(ops.convert_to_tensor(variable), ops.convert_to_tensor(mask))
+        variable.assign(values)
+        attach(
+            variable, mask, kernel.neuron_axes, kernel.input_axes, correct,
+            _name(model, variable), normalization,
+        )  # fmt: skip
+    # A step that was compiled before does not know of the masks.
+    if getattr(model, "train_function", None) is not None:
+        model.train_function = None
+
+
+def _name(model, variable):
+    return variable.path.removeprefix(f"{model.name}/").removesuffix("/kernel")
+
+
+def _check_built(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    unbuilt = [x.name for x in keras_internals.all_layers(model) if not x.built]
+    if unbuilt or not model.weights:
+        raise ValueError(
+            "`model` must be built: give a Sequential model an `Input`, call a subclassed one "
+            f"once on a batch. Received: '{model.name}', not built: {', '.join(unbuilt[:5])}"
+        )
+
+
+def _check_not_training(model):
+    """Whoever was built before a mask hangs on its weights does not know of the mask."""
+    for optimizer in optimizers_of(model):
+        while optimizer is not None:
+            if getattr(optimizer, "holds_masks", False) and optimizer.built:
+                raise ValueError(
+                    "`model` must be sparsified before its SparseOpt is built: call sparsify "
+                    "first, then `compile` with a new SparseOpt. Received: model "
+                    f"'{model.name}' with a built {type(optimizer).__name__}"
+                )
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def _warn_if_mostly_dense(model):
+    masked, total, dense = masked_share(model)
+    if masked < total / 2:
+        names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:5])
+        warnings.warn(
+            f"Only {masked / total:.1%} of the kernel weights of '{model.name}' have a mask. The "
+            f"largest that stay dense: {names}. Use `include` for them.",
+            stacklevel=3,
+        )
+
+
+def _matched(model, kernels, argument, rules):
+    """Ids of the variables of those kernels that a rule of the argument means."""
+    single = isinstance(rules, (str, type, keras.layers.Layer, keras.Variable)) or callable(rules)
+    matched: set[int] = set()
+    for rule in [rules] if single else list(rules):
+        hits = {id(k.variable) for k in kernels if _means(model, rule, k, argument)}
+        if not hits and not _is_predicate(rule):
+            raise ValueError(
+                f"`{argument}` must name weights that can be masked: "
+                f"{[k.variable.path for k in kernels]}, or their layers. "
+                f"Received: {argument}={rule!r}"
+            )
+        matched |= hits
+    return matched
+
+
+def _is_predicate(rule):
+    kinds = (str, type, keras.layers.Layer, keras.Variable)
+    return callable(rule) and not isinstance(rule, kinds)
+
+
+def _means(model, rule, kernel, argument):
+    if isinstance(rule, keras.Variable):
+        return rule is kernel.variable
+    if _is_predicate(rule):
+        return bool(rule(kernel.layer))
+    if isinstance(rule, str):
+        names = kernel.variable.path, _name(model, kernel.variable)
+        if any(fnmatch.fnmatchcase(name, rule) for name in names):
+            return True
+        around = [x for x in _layers_around(model, kernel) if fnmatch.fnmatchcase(x.name, rule)]
+    elif isinstance(rule, type):
+        around = [x for x in _layers_around(model, kernel) if isinstance(x, rule)]
+    elif isinstance(rule, keras.layers.Layer):
+        around = [x for x in _layers_around(model, kernel) if x is rule]
+    else:
+        raise ValueError(
+            f"`{argument}` must hold names, patterns, layers, layer classes, predicates or "
+            f"variables. Received: {argument}={rule!r}"
+        )
+    return bool(around)
+
+
+def _layers_around(model, kernel):
+    """The layer that owns a kernel, and those that it is part of, without the model itself."""
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if layer is not model and any(v is kernel.variable for v in layer.weights)
+    ]
+
+
+def _active_counts(model, kernels, sparsity, distribution):
+    """The kernels to mask, and the number of active weights of each."""
+    if isinstance(distribution, dict):
+        sparsity_of: dict[int, float] = {}
+        for rule, value in distribution.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+                raise ValueError(
+                    f"`distribution` must hold floats in [0, 1). Received: {rule}={value!r}"
+                )
+            if not 0 <= value < 1:
+                raise ValueError(
+                    f"`distribution` must hold floats in [0, 1). Received: {rule}={value}"
+                )
+            named = _matched(model, kernels, "distribution", rule)
+            sparsity_of |= dict.fromkeys(named, value)
+        kernels = [k for k in kernels if id(k.variable) in sparsity_of]
+        return kernels, [masks.num_active(k.size, sparsity_of[id(k.variable)]) for k in kernels]
+    if not isinstance(distribution, str) or distribution not in _DISTRIBUTIONS:
+        raise ValueError(
+            f"`distribution` must be one of {sorted(_DISTRIBUTIONS)} or a dict from rule "
+            f"to sparsity. Received: distribution={distribution!r}"
+        )
+    if distribution == "uniform":
+        first = next((k for k in kernels if isinstance(k.layer, _CONVOLUTIONS)), None)
+        kernels = [k for k in kernels if k is not first]
+        return kernels, [masks.num_active(k.size, sparsity) for k in kernels]
+    if not kernels:
+        return [], []
+    shapes = [kernel.shape for kernel in kernels]
+    sparsities = _DISTRIBUTIONS[distribution](shapes, sparsity)
+    return kernels, distributions.exact_counts(shapes, sparsities, sparsity)
+
+
+# ---------------------------------------------------------------------- and back
+
+
+def strip(model):
+    """Let go of all masks, in place: what stays is a plain Keras model with zeros in its weights.
+
+    It gives the same outputs, is not compiled, and its files load where this package is not
+    installed. Layers sparse by construction become the Keras layers that they derive from, wherever
+    they lie. To train on later, save the model before.
+
+    Args:
+        model: Any Keras model. Nothing happens to one without masks.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If a layer is of a class of your own that derives from a sparse layer, and so
+            has no plain counterpart; or if another optimizer has moved inactive weights of an
+            attached mask. The model has not changed then.
 
     Example:
 
@@ -44,159 +316,69 @@ def sparse_layers(model):
     import keras_sparseopt as kso
 
     model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
-    assert [layer.units for layer in kso.sparse_layers(model)] == [4]
+    kso.strip(model)
+    assert type(model.layers[0]) is keras.layers.Dense
     ```
     """
-    return [layer for layer in model._flatten_layers() if isinstance(layer, sparse.SparseLayer)]
-
-
-def sparsify(model, sparsity, distribution="erk", exclude=(), seed=0):
-    """A sparse copy of a dense model: weights kept, masks random and exact.
-
-    Every `Dense`, `Conv1D`, `Conv2D`, `Conv3D` and `EinsumDense` layer becomes its sparse
-    counterpart. Never masked: biases, normalization parameters, depthwise, separable and
-    transposed convolutions, embeddings, layers inside of other layers (such as the
-    projections of `MultiHeadAttention`, or a layer in `TimeDistributed`), and what `exclude`
-    names. These stay dense and **outside the budget**: `sparsity` is the inactive fraction of
-    the masked kernels together.
-
-    Masked layers that do not feed a normalization layer (through bias, activation, padding,
-    pooling, reshape, addition or concatenation) get `skew_correction=False`; `summary` shows
-    what was decided.
-
-    Args:
-        model: Built Functional or Sequential model, nested and shared layers included. It is
-            not changed.
-        sparsity: Float in [0, 1). Ignored, and may be `None`, with a dict `distribution`.
-        distribution: `"erk"` (default), `"er"`: the total number of active weights is exact,
-            each layer within one weight of its share. `"uniform"`: every masked layer at
-            `sparsity`, the first convolution stays dense. Or a dict from layer name to
-            sparsity; layers that it does not name stay dense.
-        exclude: Layers to leave dense: a name, a pattern such as `"block1_*"`, a layer, a layer
-            class, a predicate `layer → bool`, or a list of these. Frozen layers are masked as
-            well; exclude them with `lambda layer: not layer.trainable`.
-        seed: Int, masks are drawn from (seed, position of the layer).
-
-    Returns:
-        A new model of the same class, not compiled.
-
-    Raises:
-        TypeError: If the model is subclassed.
-        ValueError: For a wrong argument, an exclusion that matches nothing, or if no layer
-            is left to mask.
-
-    Example:
-
-    ```python
-    import keras
-    import keras_sparseopt as kso
-
-    dense = keras.applications.MobileNet(weights=None)
-    model = kso.sparsify(dense, 0.9, exclude=["conv1", "conv_preds"])
-    kso.summary(model)
-    ```
-
-    References:
-        Mocanu et al. 2018 (ER), Evci et al. 2020 (ERK); see `keras_sparseopt.erk`.
-    """
-    _check_clonable(model)
-    if not isinstance(distribution, dict):
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
-            raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed!r}")
-    candidates = [
-        layer for layer in model._flatten_layers() if type(layer) in _SPARSE_CLASS and layer.built
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    owners = [x for x in keras_internals.all_layers(model) if isinstance(x, sparse.SparseLayer)]
+    own = [f"'{x.name}' ({type(x).__name__})" for x in owners if type(x) not in _PLAIN]
+    if own:
+        raise ValueError(
+            "`model` must hold sparse layers of this package: a subclass of one has no plain "
+            f"counterpart. Received: {', '.join(own)}"
+        )
+    moved = [
+        v.topology.name
+        for v in sparse_weights(model)
+        if v.topology.is_attached and v.topology.moved_weights()
     ]
-    # Layers inside of composite layers are not cloned one by one.
-    visible = _graph_layers(model)
-    candidates = [layer for layer in candidates if id(layer) in visible]
-    chosen = _without_excluded(candidates, exclude)
-    counts = _active_counts(chosen, sparsity, distribution)
-    if not counts:
+    if moved:
         raise ValueError(
-            "No layer is left to mask: the model has no Dense, Conv1D, Conv2D, Conv3D or "
-            f"EinsumDense outside of `exclude`. Received: exclude={exclude!r}, "
-            f"distribution={distribution!r}"
+            "Inactive weights are not 0: something other than SparseOpt has moved them, and "
+            "letting go of the masks would hide that. Zero them with set_mask(variable, "
+            f"variable.topology.mask), or keep them. Received: {', '.join(moved)}"
         )
-    graph = Graph(model)
-
-    def convert(layer):
-        if id(layer) not in counts:
-            return layer.__class__.from_config(layer.get_config())
-        position, count = counts[id(layer)]
-        config = _plain_config(layer)
-        config["sparsity"] = 1.0 - count / math.prod(layer.kernel.shape)
-        config["seed"] = int(np.random.default_rng([seed, position]).integers(2**31))
-        config["skew_correction"] = graph.normalization_after(layer) is not None
-        return _SPARSE_CLASS[type(layer)].from_config(config)
-
-    return _clone(model, convert)
+    for layer in owners:
+        _make_plain(layer)
+    for variable in sparse_weights(model):
+        detach(variable)
+    if hasattr(model, "compiled"):
+        keras_internals.uncompile(model)
+    return model
 
 
-def strip(model):
-    """The plain Keras model of a sparse one: masked kernels, no custom objects.
-
-    It gives the same outputs, is not compiled, and loads where this package is not installed.
-
-    Args:
-        model: Functional or Sequential model with sparse layers. It is not changed.
-
-    Returns:
-        A new model.
-
-    Raises:
-        TypeError: If the model is subclassed.
-        ValueError: If a sparse layer lies inside of another layer.
-
-    Example:
-
-    ```python
-    import keras
-    import keras_sparseopt as kso
-
-    sparse = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
-    plain = kso.strip(sparse)
-    assert type(plain.layers[0]) is keras.layers.Dense
-    ```
-    """
-    _check_clonable(model)
-
-    def convert(layer):
-        if type(layer) not in _DENSE_CLASS:
-            return layer.__class__.from_config(layer.get_config())
-        config = _plain_config(layer)
-        for name in ("sparsity", "seed", "skew_correction"):
-            del config[name]
-        if isinstance(layer.kernel_initializer, SparseHeNormal):
-            plain = keras.initializers.HeNormal(**layer.kernel_initializer.get_config())
-            config["kernel_initializer"] = keras.initializers.serialize(plain)
-        return _DENSE_CLASS[type(layer)].from_config(config)
-
-    plain = _clone(model, convert)
-    left = [f"'{layer.name}' ({type(layer).__name__})" for layer in sparse_layers(plain)]
-    if left:
-        raise ValueError(
-            "`model` must hold its sparse layers as layers of its own, not inside of other "
-            f"layers, and none of a subclass. Received: {', '.join(left)}"
-        )
-    return plain
+def _make_plain(layer):
+    if layer.built:
+        variable = layer.kernel
+        kept = masks.masked(ops.convert_to_tensor(variable), ops.convert_to_tensor(layer._mask()))
+        variable.assign(kept)
+        keras_internals.forget_weight(layer, layer.kernel_mask)
+        del variable.topology
+        del layer.kernel_mask
+    layer.__class__ = _PLAIN[type(layer)]
+    if isinstance(layer.kernel_initializer, SparseHeNormal):
+        config = layer.kernel_initializer.get_config()
+        layer.kernel_initializer = keras.initializers.HeNormal(**config)
 
 
-def set_mask(layer, mask):
-    """Give a sparse layer a certain topology.
+# ---------------------------------------------------------------------- other topologies
+
+
+def set_mask(target, mask):
+    """Give a sparse weight a certain topology.
 
     Weights stay where both masks are active; where the mask newly activates, the weight
-    starts at 0. If an optimizer trains the layer already, its slots follow.
+    starts at 0. If an optimizer trains the weight already, its slots follow.
 
     Args:
-        layer: Built sparse layer.
-        mask: Bool array of the kernel's shape, `True` = active.
+        target: A sparse weight (`sparse_weights(model)` lists them), or a built layer that owns
+            exactly one.
+        mask: Bool array of the weight's shape, `True` = active.
 
     Raises:
-        TypeError: If `layer` is not a sparse layer.
+        TypeError: If `target` is neither.
         ValueError: If the layer is not built, or the mask has the wrong shape or dtype.
 
     Example:
@@ -211,36 +393,42 @@ def set_mask(layer, mask):
     assert layer.sparsity == 0.5
     ```
     """
-    if not isinstance(layer, sparse.SparseLayer):
-        raise TypeError(f"`layer` must be a sparse layer. Received: layer={layer!r}")
-    if not layer.built:
+    if isinstance(target, sparse.SparseLayer) and not target.built:
         raise ValueError(
-            f"`layer` must be built before its mask can be set. Received: '{layer.name}'"
+            f"`target` must be built before its mask can be set. Received: '{target.name}'"
         )
-    mask = masks.check_mask(mask, layer.kernel.shape)
-    layer.kernel.topology.budget = int(mask.sum())
-    optimizer = layer.kernel.topology.optimizer
-    if optimizer is not None:
-        optimizer.rewire(layer.kernel, mask)
-        return
-    survives = mask & ops.convert_to_numpy(layer.kernel_mask)
-    layer.kernel.assign(masks.masked(ops.convert_to_tensor(layer.kernel), survives))
-    layer.kernel_mask.assign(mask)
+    variables = [target]
+    if isinstance(target, keras.layers.Layer):
+        variables = sparse_weights(target)
+    if len(variables) != 1 or topology_of(variables[0]) is None:
+        raise TypeError(
+            "`target` must be a sparse weight or a layer that owns exactly one. "
+            f"Received: target={target!r}"
+        )
+    topology = variables[0].topology
+    mask = masks.check_mask(mask, topology.variable.shape)
+    topology.change(mask)
+    for optimizer in topology.optimizers:
+        optimizer.set_budget(topology)
 
 
-def masks_from_zeros(model):
+def masks_from_zeros(model, include=(), exclude=()):
     """Take the topology of an already sparse checkpoint: weights that are 0 become inactive.
 
-    For a model that was pruned elsewhere: load it, `sparsify(model, 0.0)`, then this.
+    For a model that was pruned elsewhere, or saved without its optimizer. Weights that have no mask
+    yet get one, by the rules of `sparsify`; one that is 0 throughout, and so not trained yet, gets
+    a dense one.
 
     Args:
-        model: Model with sparse layers.
+        model: Built Keras model.
+        include, exclude: As in `sparsify`.
 
     Returns:
-        Dict from layer name to the layer's sparsity.
+        Dict from the name of each sparse weight to its sparsity.
 
     Raises:
-        ValueError: If the model has no sparse layer.
+        TypeError: If `model` is not a Keras model.
+        ValueError: For a wrong argument, or if there is nothing to mask.
 
     Example:
 
@@ -249,173 +437,44 @@ def masks_from_zeros(model):
     import numpy as np
     import keras_sparseopt as kso
 
-    pruned = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="head")])
-    pruned.layers[0].set_weights([np.array([[1.0, 0.0], [0.0, 2.0]]), np.zeros(2)])
-    model = kso.sparsify(pruned, 0.0)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="head")])
+    model.layers[0].set_weights([np.array([[1.0, 0.0], [0.0, 2.0]]), np.zeros(2)])
     assert kso.masks_from_zeros(model) == {"head": 0.5}
     ```
     """
-    layers = sparse_layers(model)
-    if not layers:
+    _check_built(model)
+    _check_not_training(model)
+    new = maskable(model, include, exclude)
+    if not new and not sparse_weights(model):
         raise ValueError(
-            "`model` must hold sparse layers; call `sparsify(model, 0.0)` first. "
-            f"Received: '{model.name}'"
+            f"Nothing is left to mask in '{model.name}'. Received: exclude={exclude!r}"
         )
-    for layer in layers:
-        set_mask(layer, ops.convert_to_numpy(layer.kernel) != 0)
-    return {layer.name: layer.sparsity for layer in layers}
+    for variable in sparse_weights(model):
+        set_mask(variable, _nonzero(variable))
+    _attach_all(model, new, [_nonzero(kernel.variable) for kernel in new], "auto")
+    sparsities = {}
+    for variable in sparse_weights(model):
+        sparsities[variable.topology.name] = 1.0 - float(host(variable.topology.mask).mean())
+    return sparsities
 
 
-def _check_clonable(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    if isinstance(model, keras.Sequential) and not model.built:
-        raise ValueError(
-            "`model` must be built: give the Sequential model an `Input` or call it once. "
-            f"Received: '{model.name}'"
-        )
-    # Subclasses of Functional with the same constructor (applications) clone like it.
-    if functional_of(model) is None:
-        raise TypeError(
-            f"`model` must be Functional or Sequential. Received: {type(model).__name__}, a "
-            "subclassed model, whose layers cannot be exchanged from outside. Use the layers "
-            "directly where the class makes its own: "
-            "keras_sparseopt.SparseDense(128, sparsity=0.9) instead of "
-            "keras.layers.Dense(128)."
-        )
-    for layer in model._flatten_layers(include_self=False):
-        if isinstance(layer, keras.Model) and functional_of(layer) is None:
-            raise TypeError(
-                f"`model` must be Functional or Sequential throughout. Received: nested model "
-                f"'{layer.name}' is a subclassed {type(layer).__name__}"
-            )
+def _nonzero(variable):
+    nonzero = host(variable) != 0
+    return nonzero if nonzero.any() else np.ones_like(nonzero)
 
 
-def _graph_layers(model):
-    """Ids of the layers that are operations of the model or of a nested model."""
-    visible: set[int] = set()
-    for operation in functional_of(model).operations:
-        inner = functional_of(operation)
-        visible |= {id(operation)} if inner is None else _graph_layers(operation)
-    return visible
+def masked_share(model):
+    """How many of a model's kernel weights have a mask, and what has none.
 
-
-def _without_excluded(layers, exclude):
-    single = isinstance(exclude, (str, type)) or callable(exclude)
-    rules = [exclude] if single else list(exclude)
-    excluded = set()
-    for rule in rules:
-        if isinstance(rule, str):
-            hits = [x for x in layers if fnmatch.fnmatchcase(x.name, rule)]
-        elif isinstance(rule, type):
-            hits = [x for x in layers if isinstance(x, rule)]
-        elif isinstance(rule, keras.layers.Layer):
-            hits = [x for x in layers if x is rule]
-        elif callable(rule):
-            hits = [x for x in layers if rule(x)]
-        else:
-            raise ValueError(
-                "`exclude` must hold names, patterns, layer classes or predicates. "
-                f"Received: exclude={exclude!r}"
-            )
-        if not hits and isinstance(rule, (str, type, keras.layers.Layer)):
-            raise ValueError(
-                "`exclude` must name layers that could be masked: "
-                f"{[layer.name for layer in layers]}. Received: exclude={rule!r}"
-            )
-        excluded |= {id(layer) for layer in hits}
-    return [layer for layer in layers if id(layer) not in excluded]
-
-
-def _active_counts(layers, sparsity, distribution):
-    """id(layer) → (its position, its number of active weights), for the layers to mask."""
-    if isinstance(distribution, dict):
-        names = {layer.name for layer in layers}
-        unknown = sorted(set(distribution) - names)
-        if unknown:
-            raise ValueError(
-                f"`distribution` must name layers that can be masked: {sorted(names)}. "
-                f"Received: {unknown}"
-            )
-        for name, value in distribution.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
-                raise ValueError(
-                    f"`distribution` must hold floats in [0, 1). Received: {name}={value!r}"
-                )
-            if not 0 <= value < 1:
-                raise ValueError(
-                    f"`distribution` must hold floats in [0, 1). Received: {name}={value}"
-                )
-        layers = [layer for layer in layers if layer.name in distribution]
-        sparsities = [distribution[layer.name] for layer in layers]
-    elif isinstance(distribution, str) and distribution in _DISTRIBUTIONS:
-        if distribution == "uniform":
-            first = next((x for x in layers if isinstance(x, _CONVOLUTIONS)), None)
-            layers = [layer for layer in layers if layer is not first]
-        shapes = [tuple(layer.kernel.shape) for layer in layers]
-        sparsities = _DISTRIBUTIONS[distribution](shapes, sparsity)
-    else:
-        raise ValueError(
-            f"`distribution` must be one of {sorted(_DISTRIBUTIONS)} or a dict from layer name "
-            f"to sparsity. Received: distribution={distribution!r}"
-        )
-    sizes = [math.prod(layer.kernel.shape) for layer in layers]
-    if distribution in ("er", "erk"):
-        counts = distributions.exact_counts(shapes, sparsities, sparsity)
-    else:
-        counts = [masks.num_active(n, s) for n, s in zip(sizes, sparsities)]
-    return {id(layer): place for layer, place in zip(layers, enumerate(counts))}
-
-
-def _plain_config(layer):
-    config = layer.get_config()
-    for name in ("lora_rank", "lora_alpha", "quantization_config", "gptq_unpacked_column_size"):
-        if config.pop(name, None) is not None:
-            raise ValueError(
-                f"Layer '{layer.name}' uses `{name}`, which sparse layers do not support. "
-                "Merge or remove it before the conversion."
-            )
-    return config
-
-
-def _clone(model, convert):
-    """`model` with every layer replaced by `convert(layer)`, weights copied."""
-    pairs = []
-
-    def clone_function(layer):
-        new = convert(layer)
-        pairs.append((layer, new))
-        return new
-
-    compiled = [m for m in model._flatten_layers() if getattr(m, "compiled", False)]
-    for part in compiled:  # `clone_model` would clone the optimizer as well
-        part.compiled = False
-    try:
-        clone = keras.models.clone_model(model, clone_function=clone_function, recursive=True)
-    finally:
-        for part in compiled:
-            part.compiled = True
-    for old, new in pairs:
-        _copy_weights(old, new)
-    for old, new in zip(model._flatten_layers(), clone._flatten_layers()):
-        if old.trainable != new.trainable:
-            new.trainable = old.trainable
-    return clone
-
-
-def _copy_weights(old, new):
-    if not isinstance(old, keras.layers.Layer):
-        return  # an operation such as `x + y`
-    if type(old) is type(new):
-        new.set_weights(old.get_weights())
-        if hasattr(new, "finalize_state"):
-            new.finalize_state()
-        return
-    kernel = ops.convert_to_tensor(old.kernel)
-    for side in (old, new):
-        if isinstance(side, sparse.SparseLayer):
-            kernel = masks.masked(kernel, ops.convert_to_numpy(side.kernel_mask))
-    new.kernel.assign(kernel)
-    if old.bias is not None:
-        # Through NumPy: JAX would share the buffer, and training one model deletes it.
-        new.bias.assign(np.array(ops.convert_to_numpy(old.bias)))
+    Returns:
+        Tuple of the masked weights (int), all kernel weights (int; embeddings and other weights
+        that are no kernels are counted only if they have a mask), and the weights of rank ≥ 2
+        without one: list of (path, size, why), largest first.
+    """
+    kernels = kernels_of(model)
+    masked = [k for k in kernels if topology_of(k.variable) is not None]
+    dense = [k for k in kernels if topology_of(k.variable) is None]
+    counted = [*masked, *(k for k in dense if k.why_not in ("", "depthwise"))]
+    rows = [(k.variable.path, k.size, stays_dense(k) or "excluded") for k in dense]
+    sizes = sum(k.size for k in masked), sum(k.size for k in counted)
+    return *sizes, sorted(rows, key=lambda row: -row[1])

@@ -2,37 +2,30 @@
 
 import math
 
-import keras
-from keras import ops
+from keras import layers as keras_layers
 
-from keras_sparseopt.conversion import sparse_layers
-from keras_sparseopt.graph import Graph, functional_of
-
-_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-_COUNTED = (
-    keras.layers.Dense,
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-    keras.layers.EinsumDense,
-    *_DEPTHWISE,
-)
+from keras_sparseopt.conversion import stays_dense
+from keras_sparseopt.graph import Following
+from keras_sparseopt.topology import kernels_of, topology_of
 
 
 def layer_costs(model):
-    """Cost of every layer with a kernel, as rows of plain data.
+    """Cost of every kernel of a model, as rows of plain data: all weights that could be masked.
 
     FLOPs are those of one example's forward pass: 2 per multiply-add, kernels only (no bias,
     normalization or activation). `flops_sparse` counts active weights, which is what
     hardware with support for unstructured sparsity would have to do.
 
     Args:
-        model: Functional or Sequential model (other models have no FLOPs: `None`).
+        model: Built Keras model. FLOPs are known for `Dense`, `EinsumDense` and convolutions of all
+            kinds that a graph shows, so not inside of subclassed models and of other layers.
 
     Returns:
-        List of dicts with `name`, `type`, `shape` (of the kernel), `sparsity`,
-        `active_weights`, `weights`, `skew_correction` and `normalization` (of sparse layers,
-        else `None`), `flops_dense`, `flops_sparse`.
+        List of dicts with `name` (of the layer; unique for sparse ones), `path` (of the weight),
+        `type` (of the layer), `shape`, `sparsity`, `active_weights`, `weights`, `dense_because`
+        (string, `""` for a sparse weight), `skew_correction` (bool, `None` for a dense weight),
+        `normalization` (that it feeds, or `None`), `moved` (inactive weights that are not 0),
+        `flops_dense`, `flops_sparse` (ints or `None`).
 
     Example:
 
@@ -45,51 +38,70 @@ def layer_costs(model):
     assert row["flops_dense"] == 2 * 108 * 36 and row["flops_sparse"] == 2 * 54 * 36
     ```
     """
-    graph = None if functional_of(model) is None else Graph(model)
-    sparse = {id(layer) for layer in sparse_layers(model)}
-    rows = []
-    for layer in model._flatten_layers():
-        if not (isinstance(layer, _COUNTED) and layer.built):
-            continue
-        kernel, is_sparse = layer.kernel, id(layer) in sparse
-        weights = math.prod(kernel.shape)
-        active = weights
-        if is_sparse:
-            active = int(ops.convert_to_numpy(layer.kernel_mask).sum())
-        positions = None
-        if graph is not None and graph.outputs(layer):
-            outputs_per_position = 1
-            if isinstance(layer, keras.layers.EinsumDense):
-                outputs_per_position = _einsum_output_axes(layer)
-            positions = graph.positions(layer, outputs_per_position)
+    following, rows = Following(model), []
+    for kernel in kernels_of(model):
+        topology = topology_of(kernel.variable)
+        active, why, feeds, moved = kernel.size, "", "", 0
+        if topology is None:
+            why = stays_dense(kernel) or "excluded"
+            if why in ("embedding", "not named kernel"):
+                continue
+        else:
+            active, feeds = topology.num_active(), topology.feeds
+            moved = topology.moved_weights() if topology.is_attached else 0
+        if not feeds:
+            feeds = following.normalization_after(kernel.layer)
+        flops = _flops_per_weight(kernel, following.graph)
         rows.append(
             {
-                "name": layer.name,
-                "type": type(layer).__name__,
-                "shape": tuple(kernel.shape),
-                "sparsity": 1.0 - active / weights,
+                "name": kernel.layer.name if topology is None else topology.name,
+                "path": kernel.variable.path,
+                "type": type(kernel.layer).__name__,
+                "shape": tuple(kernel.variable.shape),
+                "sparsity": 1.0 - active / kernel.size,
                 "active_weights": active,
-                "weights": weights,
-                "skew_correction": layer.skew_correction if is_sparse else None,
-                "normalization": graph.normalization_after(layer) if graph else None,
-                "flops_dense": None if positions is None else 2 * weights * positions,
-                "flops_sparse": None if positions is None else 2 * active * positions,
+                "weights": kernel.size,
+                "dense_because": why,
+                "skew_correction": None if topology is None else topology.skew_correction,
+                "normalization": feeds or None,
+                "moved": moved,
+                "flops_dense": None if flops is None else flops * kernel.size,
+                "flops_sparse": None if flops is None else flops * active,
             }
         )
     return rows
 
 
-def _einsum_output_axes(layer):
-    output = layer.equation.split("->")[1].replace(".", "").strip()
-    kernel = layer.equation.split("->")[0].split(",")[1]
-    return sum(label in kernel for label in output)
+def _flops_per_weight(kernel, graph):
+    """FLOPs of one weight for one example, `None` where they cannot be read."""
+    layer = kernel.layer
+    if graph is None or not graph.outputs(layer) or kernel.variable.name == "depthwise_kernel":
+        return None
+    transposed = type(layer).__name__.endswith("Transpose")
+    separable = type(layer).__name__.startswith("SeparableConv")
+    plain = isinstance(
+        layer,
+        (
+            keras_layers.Dense, keras_layers.EinsumDense, keras_layers.Conv1D,
+            keras_layers.Conv2D, keras_layers.Conv3D, keras_layers.DepthwiseConv1D,
+            keras_layers.DepthwiseConv2D,
+        ),
+    )  # fmt: skip
+    if not (plain or transposed or separable):
+        return None
+    axes = 1
+    if isinstance(layer, keras_layers.EinsumDense):
+        axes = len(kernel.neuron_axes)
+    # A transposed convolution uses its kernel once for every position of its input.
+    positions = graph.positions(layer, axes, of_inputs=transposed)
+    return None if positions is None else 2 * positions
 
 
 def summary(model, print_fn=print):
-    """Print what is sparse: one line per layer with a kernel, and the totals.
+    """Print what is sparse: one line per kernel, the totals, and what stays dense.
 
     Args:
-        model: Keras model.
+        model: Built Keras model.
         print_fn: Function that takes the table as one string, defaults to `print`.
 
     Example:
@@ -103,15 +115,16 @@ def summary(model, print_fn=print):
     ```
     """
     rows = layer_costs(model)
-    header = ("layer", "kernel", "sparsity", "active / all", "feeds normalization",
+    header = ("weight", "kernel", "sparsity", "active / all", "feeds normalization",
               "corrected", "FLOPs dense", "FLOPs sparse")  # fmt: skip
 
     def line(row):
         corrected = {None: "–", True: "yes", False: "no"}[row["skew_correction"]]
+        dense = f"dense ({row['dense_because']})"
         return (
             f"{row['name']} ({row['type']})",
             "×".join(map(str, row["shape"])),
-            "dense" if row["skew_correction"] is None else f"{row['sparsity']:.4f}",
+            dense if row["skew_correction"] is None else f"{row['sparsity']:.4f}",
             f"{row['active_weights']:,} / {row['weights']:,}",
             row["normalization"] or "no",
             corrected,
@@ -125,7 +138,7 @@ def summary(model, print_fn=print):
     text.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
     text.append(text[1])
     masked = [row for row in rows if row["skew_correction"] is not None]
-    for title, part in (("masked layers", masked), ("all kernels", rows)):
+    for title, part in (("masked weights", masked), ("all kernels", rows)):
         active, weights = (sum(row[k] for row in part) for k in ("active_weights", "weights"))
         cost = f"{title}: {active:,} of {weights:,} weights active"
         if weights:
@@ -135,6 +148,17 @@ def summary(model, print_fn=print):
             dense, sparse = (sum(pair) for pair in zip(*flops))
             cost += f", FLOPs {_si(sparse)} of {_si(dense)} ({sparse / dense:.3f}×)"
         text.append(cost)
+    every = sum(row["weights"] for row in rows)
+    if every:
+        share = sum(row["weights"] for row in masked) / every
+        parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+        text.append(f"{share:.1%} of the kernel weights have a mask; trainable: {parameters:,}")
+    moved = [row["name"] for row in masked if row["moved"]]
+    if moved:
+        text.append(
+            "NOT HELD: inactive weights are not 0, something other than SparseOpt has moved them: "
+            + ", ".join(moved)
+        )
     print_fn("\n".join(text))
 
 

@@ -4,6 +4,7 @@ TensorFlow's strategies (`tf.distribute`) and JAX's distributions (`keras.distri
 devices; nothing here keeps state.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -15,6 +16,10 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend import IS_TENSORFLOW
+from keras_sparseopt.topology import topology_of
 
 STRATEGIES = ("one", "mirrored", "multiworker", "tpu", "data_parallel")
 
@@ -149,7 +154,7 @@ def _tf_workers(strategy):
 
 def worker_index(model):
     """Index of this process among those that train `model` together; 0 if it is the only one."""
-    if keras.backend.backend() == "jax":
+    if not IS_TENSORFLOW:
         import jax
 
         return jax.process_index()
@@ -170,17 +175,50 @@ def _needs_own_loop(strategy):
     )
 
 
-def strategy_scope(optimizer):
+def _strategy_scope(optimizer):
     """The scope in which an optimizer's variables are created."""
-    if keras.backend.backend() == "tensorflow":
-        return optimizer._distribution_strategy.scope()
+    if IS_TENSORFLOW:
+        return keras_internals.strategy_of(optimizer).scope()
     return contextlib.nullcontext()
+
+
+def use_step(model):
+    """Give the model the train step for the gradients that its optimizers keep now.
+
+    Each is compiled once: a step that keeps gradients is another than one that does not.
+    """
+    kept = _kept_gradients(model)
+    steps = keras_internals.steps_of(model)
+    if not any(model.train_function is step for step in steps.values()):
+        steps.clear()  # compiled anew
+    if kept not in steps:
+        model.make_train_function(force=True)
+        steps[kept] = model.train_function
+    model.train_function = steps[kept]
+
+
+def _kept_gradients(model):
+    return tuple(getattr(o, "kept_gradients", None) for o in _optimizers_inside(model))
+
+
+def _optimizers_inside(model):
+    for optimizer in optimizers_of(model):
+        while optimizer is not None:
+            yield optimizer
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def optimizers_of(model):
+    """The optimizers that a model holds: `compile`'s, and those it keeps as attributes."""
+    found = [getattr(model, "optimizer", None), *vars(model).values()]
+    unique = {id(o): o for o in found if isinstance(o, keras.optimizers.Optimizer)}
+    return list(unique.values())
 
 
 def build_optimizer(model):
     """Build the model's optimizer, in its scope, if it is not built yet."""
     if not model.optimizer.built:
-        with strategy_scope(model.optimizer):
+        with _strategy_scope(model.optimizer):
             model.optimizer.build(model.trainable_variables)
 
 
@@ -197,11 +235,11 @@ _FIT_FAILS = (
 
 def check_strategy(optimizer):
     """Refuse strategies, or warn of what they break, when an optimizer is made in their scope."""
-    if keras.backend.backend() != "tensorflow":
+    if not IS_TENSORFLOW:
         return
     import tensorflow as tf
 
-    strategy = optimizer._distribution_strategy
+    strategy = keras_internals.strategy_of(optimizer)
     if isinstance(strategy, tf.distribute.ParameterServerStrategy):
         raise ValueError(
             "ParameterServerStrategy is not supported: its workers update weights at different "
@@ -215,9 +253,9 @@ def check_strategy(optimizer):
 
 def check_optimizer(optimizer):
     """Refuse an optimizer that its strategy cannot train, before anything is built."""
-    if keras.backend.backend() != "tensorflow":
+    if not IS_TENSORFLOW:
         return
-    strategy = optimizer._distribution_strategy
+    strategy = keras_internals.strategy_of(optimizer)
     if strategy.num_replicas_in_sync == 1:
         return
     base = optimizer.base_optimizer()
@@ -234,10 +272,12 @@ def check_optimizer(optimizer):
 
 def check_fit(model, own_loop):
     """Refuse what Keras 3 itself cannot train under the model's strategy, before it starts."""
-    if keras.backend.backend() != "tensorflow":
+    if not IS_TENSORFLOW:
         return
     strategy = model.distribute_strategy
-    own = getattr(model.optimizer, "_distribution_strategy", strategy)
+    own = strategy
+    if isinstance(model.optimizer, keras.optimizers.Optimizer):
+        own = keras_internals.strategy_of(model.optimizer)
     if strategy is None or (strategy.num_replicas_in_sync == 1 and own is strategy):
         return
     if own is not strategy:
@@ -341,7 +381,7 @@ def fit_distributed(
         "verbose": verbose,
     }
     strategy = getattr(model, "distribute_strategy", None)
-    own_loop = keras.backend.backend() == "tensorflow" and _needs_own_loop(strategy)
+    own_loop = IS_TENSORFLOW and _needs_own_loop(strategy)
     check_fit(model, own_loop)
     if own_loop:
         return _fit_in_own_loop(model, data, **settings)
@@ -368,7 +408,7 @@ def _fit_in_own_loop(
         steps_per_epoch = _length(data)
     build_optimizer(model)
     with strategy.scope():
-        model._symbolic_build(data_batch=_batch_spec(data))
+        keras_internals.build_metrics(model, _batch_spec(data))
     data, validation_data = (_distributed(strategy, part) for part in (data, validation_data))
     verbose = (1 if verbose == "auto" else verbose) if worker_index(model) == 0 else 0
     callback_list = keras.callbacks.CallbackList(
@@ -378,10 +418,15 @@ def _fit_in_own_loop(
     model.stop_training = False
     callback_list.on_train_begin()
 
-    # Made after `on_train_begin`: RigL keeps dense gradients from now on.
-    @tf.function(reduce_retracing=True)
-    def train_step(batch):
-        strategy.run(model.train_step, args=(batch,))
+    # One for each kind of gradients that are kept, which changes while training.
+    def new_train_step():
+        @tf.function(reduce_retracing=True)
+        def train_step(batch):
+            strategy.run(model.train_step, args=(batch,))
+
+        return train_step
+
+    train_steps: collections.defaultdict = collections.defaultdict(new_train_step)
 
     @tf.function(reduce_retracing=True)
     def test_step(batch):
@@ -389,7 +434,7 @@ def _fit_in_own_loop(
 
     batches: Any = iter(data)
     logs: dict = {}
-    for epoch in range(model._initial_epoch or initial_epoch, epochs):
+    for epoch in range(keras_internals.initial_epoch(model) or initial_epoch, epochs):
         model.reset_metrics()
         callback_list.on_epoch_begin(epoch)
         for step in range(steps_per_epoch):
@@ -401,7 +446,7 @@ def _fit_in_own_loop(
                     f"`data` ran out at step {step} of {steps_per_epoch} in epoch {epoch}: with "
                     "`steps_per_epoch` it is read on from epoch to epoch and must suffice for all."
                 ) from None
-            train_step(batch)
+            train_steps[_kept_gradients(model)](batch)
             callback_list.on_train_batch_end(step, {})
             if model.stop_training:
                 break
@@ -486,16 +531,17 @@ def assert_replicas_agree(model):
     ```
     """
     if isinstance(model, keras.optimizers.Optimizer):
-        optimizer, kernels = model, getattr(model, "sparse_kernels", [])
+        optimizer, kernels = model, getattr(model, "sparse_weights", [])
         variables = list(kernels)
     elif isinstance(model, keras.Model):
         optimizer, variables = getattr(model, "optimizer", None), list(model.trainable_variables)
         kernels = variables
     else:
         raise ValueError(f"`model` must be a Keras model or optimizer. Received: model={model!r}")
-    variables += [k.topology.mask for k in kernels if getattr(k, "topology", None) is not None]
+    variables += [k.topology.mask for k in kernels if topology_of(k) is not None]
     variables += [] if optimizer is None else list(optimizer.variables)
-    variables = [v for v in variables if v.synchronization != "on_read"]
+    variables = list({id(v): v for v in variables}.values())
+    variables = [v for v in variables if getattr(v, "synchronization", "") != "on_read"]
     digests: np.ndarray = np.zeros(len(variables), dtype="int32")
     for i, variable in enumerate(variables):
         shards = _copies_of_shards(variable)
@@ -517,7 +563,7 @@ def assert_replicas_agree(model):
 def _copies_of_shards(variable):
     """For every part of a variable, its copies on the devices of this process."""
     value = variable.value
-    if keras.backend.backend() != "jax":
+    if IS_TENSORFLOW:
         return [[ops.convert_to_numpy(copy) for copy in getattr(value, "values", (value,))]]
     try:
         shards = value.addressable_shards
@@ -533,7 +579,7 @@ def _copies_of_shards(variable):
 
 def of_all_workers(digests, optimizer):
     """Rows of int32, one per worker (or per replica); none if there is one worker."""
-    if keras.backend.backend() == "jax":
+    if not IS_TENSORFLOW:
         import jax
 
         if jax.process_count() == 1:
@@ -541,7 +587,7 @@ def of_all_workers(digests, optimizer):
         from jax.experimental import multihost_utils
 
         return multihost_utils.process_allgather(digests)
-    strategy = None if optimizer is None else optimizer._distribution_strategy
+    strategy = None if optimizer is None else keras_internals.strategy_of(optimizer)
     if strategy is None or not _trains_with_several_workers(strategy):
         return []
     rows = strategy.gather(strategy.run(lambda: ops.convert_to_tensor(digests[None])), axis=0)
@@ -553,7 +599,7 @@ def share_statistics(model):
 
     Without it a file, which holds one value per variable, could not bring the others back.
     """
-    if keras.backend.backend() != "tensorflow":
+    if not IS_TENSORFLOW:
         return  # JAX has one value for the global batch
     strategy = model.distribute_strategy
     if strategy is None or strategy.num_replicas_in_sync == 1:

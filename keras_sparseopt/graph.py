@@ -1,8 +1,11 @@
-"""Reads a built model's graph: which layers feed a normalization, how often each is called."""
+"""Reads how a model calls its layers: which feed a normalization, how often each is called."""
 
 import math
 
 import keras
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.keras_internals import functional_of
 
 # What passes each channel on, so that a normalization further down still sees its scale.
 _PASSES_ON = frozenset(
@@ -24,13 +27,6 @@ _NORMALIZATIONS = frozenset(
 )
 
 
-def functional_of(model):
-    """The functional graph inside a Functional or Sequential model, or `None`."""
-    if isinstance(model, keras.Sequential):
-        return model._functional if model.built else None
-    return model if hasattr(model, "_nodes_by_depth") and hasattr(model, "operations") else None
-
-
 class Graph:
     """Tensors of a model and its nested models, with who consumes them.
 
@@ -42,6 +38,7 @@ class Graph:
         self._consumers = {}  # id(tensor) → [(operation, its output tensors)]
         self._same = {}  # id(tensor) → tensors of a nested model that carry its value
         self._outputs = {}  # id(layer) → [output tensors, one list entry a call]
+        self._inputs = {}  # likewise
         self._seen = set()
         self._read(functional_of(model))
 
@@ -49,7 +46,7 @@ class Graph:
         if id(functional) in self._seen:
             return
         self._seen.add(id(functional))
-        for node in (n for nodes in functional._nodes_by_depth.values() for n in nodes):
+        for node in keras_internals.nodes_of(functional):
             operation, outputs = node.operation, list(node.outputs)
             inputs = list(node.arguments.keras_tensors)
             inner = functional_of(operation)
@@ -61,6 +58,7 @@ class Graph:
                     self._same.setdefault(id(inside), []).append(outside)
                 continue
             self._outputs.setdefault(id(operation), []).extend(outputs)
+            self._inputs.setdefault(id(operation), []).extend(inputs)
             for tensor in inputs:
                 self._consumers.setdefault(id(tensor), []).append((operation, outputs))
 
@@ -98,17 +96,74 @@ class Graph:
                         return operation
         return None
 
-    def positions(self, layer, neuron_axes_of_output=1):
-        """Output positions per example: how often each kernel weight is used.
+    def positions(self, layer, neuron_axes_of_output=1, of_inputs=False):
+        """Positions per example: how often each kernel weight is used.
 
-        `None` where an axis has no fixed size.
+        Args:
+            layer: The layer.
+            neuron_axes_of_output: Int, axes that index channels, in Keras' default format.
+            of_inputs: Bool, whether the positions of the input count, not those of the output.
+
+        Returns:
+            Int, `None` where an axis has no fixed size.
         """
         total = 0
         channels_first = getattr(layer, "data_format", None) == "channels_first"
-        for tensor in self.outputs(layer):
+        for tensor in self._inputs.get(id(layer), []) if of_inputs else self.outputs(layer):
             sizes = list(tensor.shape[1:])
             del sizes[0 if channels_first else slice(-neuron_axes_of_output, None)]
             if None in sizes:
                 return None
             total += math.prod(sizes)
         return total
+
+
+class Following:
+    """What follows each layer of a model: by its graph where there is one, else by order of calls.
+
+    A layer that a graph does not show, inside of another layer or a subclassed model, feeds a
+    normalization if the next layer with weights that is called after it is one.
+
+    Args:
+        model: Built Keras model.
+    """
+
+    def __init__(self, model):
+        self.graph = None if functional_of(model) is None else Graph(model)
+        self._next = None
+        self._model = model
+
+    def normalization_after(self, layer):
+        """Class name of the normalization that the layer feeds, or `""`."""
+        if "Cell" in type(layer).__name__:  # gates and states come in between
+            return ""
+        if self.graph is not None and self.graph.outputs(layer):
+            return self.graph.normalization_after(layer) or ""
+        if self._next is None:
+            called = [x for x in _call_order(self._model) if keras_internals.own_weights(x)]
+            self._next = {id(a): b for a, b in reversed(list(zip(called, called[1:])))}
+        kind = type(self._next.get(id(layer))).__name__
+        return kind if kind in _NORMALIZATIONS else ""
+
+
+def _call_order(model):
+    """The layers in the order of their calls, inner ones first."""
+    shapes = keras_internals.build_shapes(model)
+    functional = functional_of(model)
+    try:
+        with keras_internals.calls_recorded() as called:
+            if functional is not None:
+                keras_internals.symbolic_call(functional, functional.input)
+            else:
+                named = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
+                tensors = {
+                    name: keras.tree.map_shape_structure(keras.KerasTensor, shape)
+                    for name, shape in named.items()
+                }
+                if list(tensors) == ["input"]:
+                    keras_internals.symbolic_call(model, tensors["input"])
+                else:
+                    keras_internals.symbolic_call(model, **tensors)
+    except Exception:  # the model's own code may fail on symbolic inputs in any way
+        return keras_internals.all_layers(model)
+    return called

@@ -2,62 +2,18 @@
 
 import math
 import random
-import weakref
+import threading
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import masks
+from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.initializers import SparseHeNormal
+from keras_sparseopt.topology import Topology, einsum_neuron_axes
 
-
-class Topology:
-    """What an optimizer needs to know of a sparse kernel; it hangs on the Keras variable.
-
-    `kernel.topology` is the only link from optimizers to layers: an optimizer never sees
-    a layer, and a variable without a topology is an ordinary one.
-
-    Attributes:
-        mask: Bool `keras.Variable` of the kernel's shape, owned by the layer.
-        neuron_axes: Tuple of ints, the kernel axes that index neurons.
-        input_axes: Tuple of ints, the kernel axes that index input channels.
-        skew_correction: Bool, whether `SparseOpt` may correct this kernel's gradient.
-        name: String, the layer's name.
-        budget: Int, the active weights that the layer was made with.
-    """
-
-    def __init__(self, mask, neuron_axes, input_axes, skew_correction, name, budget):
-        self.mask = mask
-        self.neuron_axes = neuron_axes
-        self.input_axes = input_axes
-        self.skew_correction = skew_correction
-        self.name = name
-        self.budget = budget
-        self._optimizer = lambda: None
-
-    @property
-    def optimizer(self):
-        """The `SparseOpt` that trains this kernel, or `None`."""
-        return self._optimizer()
-
-    @optimizer.setter
-    def optimizer(self, optimizer):
-        self._optimizer = weakref.ref(optimizer)
-
-
-class _KernelView:
-    """A layer as its base class's `call` should see it: with the masked kernel."""
-
-    def __init__(self, layer):
-        self._layer = layer
-
-    def __getattr__(self, name):
-        return getattr(self._layer, name)
-
-    @property
-    def kernel(self):
-        return self._layer.masked_kernel
+# The masked kernels of the layers that are being called in this thread, by layer.
+_calling = threading.local()
 
 
 class SparseLayer(keras.layers.Layer):
@@ -135,33 +91,39 @@ class SparseLayer(keras.layers.Layer):
             autocast=False,
             aggregation="only_first_replica",
         )
-        if kernel._layout is not None:  # JAX: a sharded kernel's mask is sharded like it
-            self.kernel_mask._layout = kernel._layout
-            self.kernel_mask.assign(self.kernel_mask.value)
-        kernel.topology = Topology(
-            self.kernel_mask,
-            neuron_axes,
-            self._find_input_axes(len(shape)),
-            self._skew_correction,
-            self.name,
-            int(mask.sum()),
-        )
+        keras_internals.follow_layout(self.kernel_mask, of=kernel)
+        kernel.topology = self.kernel_mask.topology = Topology(
+            kernel, self.kernel_mask, neuron_axes, self._find_input_axes(len(shape)),
+            self._skew_correction, self.name, is_attached=False,
+        )  # fmt: skip
+        keras_internals.tell(self.kernel_mask)
         return kernel
 
     def _mask(self):
         return ops.convert_to_tensor(self.kernel_mask)
 
     @property
+    def kernel(self):
+        """The weight; within `call` with its inactive weights exactly 0."""
+        masked = getattr(_calling, "kernels", {}).get(id(self))
+        return super().kernel if masked is None else masked
+
+    @property
     def masked_kernel(self):
         """The kernel with inactive weights exactly 0; its gradient is the *dense* one."""
-        kernel = ops.convert_to_tensor(self.kernel)
-        mask = self._mask()
-        inactive = ops.where(mask, ops.cast(0, kernel.dtype), kernel)
-        return kernel - ops.stop_gradient(inactive)
+        kernel = ops.convert_to_tensor(super().kernel)
+        # ∞ − ∞ is not 0, and another optimizer may have moved what is inactive.
+        finite = ops.where(ops.isfinite(kernel), kernel, ops.cast(0, kernel.dtype))
+        nothing = finite - ops.stop_gradient(finite)
+        return ops.where(self._mask(), kernel, nothing)
 
-    def call(self, inputs, training=None):
-        # `training` is part of `Dense.call`, which uses it for quantization only.
-        return super().call.__func__(_KernelView(self), inputs)
+    def call(self, inputs):
+        kernels = _calling.__dict__.setdefault("kernels", {})
+        kernels[id(self)] = self.masked_kernel
+        try:
+            return super().call(inputs)
+        finally:
+            del kernels[id(self)]
 
     @property
     def skew_correction(self):
@@ -173,16 +135,14 @@ class SparseLayer(keras.layers.Layer):
         """Inactive fraction: of the mask once built, before that the one asked for."""
         if not self.built:
             return self._initial_sparsity
-        return 1.0 - float(ops.convert_to_numpy(self.kernel_mask).mean())
+        return self._kernel.topology.sparsity
 
     @property
     def neuron_sparsity(self):
         """Inactive fraction of each neuron's fan-in: NumPy array, one entry per neuron."""
         if not self.built:
             raise AttributeError("You must build the layer before accessing `neuron_sparsity`.")
-        mask = ops.convert_to_numpy(self.kernel_mask)
-        topology = self._kernel.topology
-        return 1.0 - mask.mean(axis=masks.fan_in_axes(mask.ndim, topology.neuron_axes))
+        return self._kernel.topology.neuron_sparsity
 
     def get_config(self):
         return {
@@ -208,11 +168,11 @@ class SparseLayer(keras.layers.Layer):
             self._check_store(store)
         super().load_own_variables(store)
         if self.built:
-            self.kernel_mask.assign(store["kernel_mask"])
-            self._kernel.assign(masks.masked(ops.convert_to_tensor(self._kernel), self._mask()))
-            optimizer = self._kernel.topology.optimizer
-            if optimizer is not None:
-                optimizer.sync(self._kernel)
+            # Outside of the new mask a weight is what another optimizer left there.
+            mask = np.asarray(store["kernel_mask"])
+            weight = ops.convert_to_tensor(self._kernel)
+            self._kernel.assign(masks.masked(weight, ops.convert_to_tensor(mask)))
+            self._kernel.topology.replace_mask(mask)
 
     def _check_store(self, store):
         if "kernel_mask" not in store.keys():
@@ -293,7 +253,9 @@ def _document(cls, base, args, neuron, call, shape):
 
 
 class SparseDense(SparseLayer, keras.layers.Dense):
-    pass
+    # `training` is part of Keras' signature, which uses it for quantization only.
+    def call(self, inputs, training=None):
+        return super().call(inputs)
 
 
 class SparseConv1D(SparseLayer, keras.layers.Conv1D):
@@ -309,10 +271,11 @@ class SparseConv3D(SparseLayer, keras.layers.Conv3D):
 
 
 class SparseEinsumDense(SparseLayer, keras.layers.EinsumDense):
+    def call(self, inputs, training=None):
+        return super().call(inputs)
+
     def _find_neuron_axes(self, rank):
-        operands, output = self.equation.replace("...", "").replace(" ", "").split("->")
-        labels = operands.split(",")[1]
-        return tuple(axis for axis in range(rank) if labels[axis] in output)
+        return einsum_neuron_axes(self.equation)
 
     def _find_input_axes(self, rank):
         return masks.fan_in_axes(rank, self._find_neuron_axes(rank))

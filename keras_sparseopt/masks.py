@@ -1,7 +1,8 @@
 """Mask arithmetic: pure functions on arrays.
 
-What runs in the training step is written in `keras.ops`; what runs between steps works on the
-host, in NumPy: nothing to compile, and no sort of whole kernels.
+Everything that moves a mask is written twice: on the host, in NumPy (nothing to compile, no sort of
+whole kernels), and in `keras.ops`, to be compiled where the weights are. Both give the same bits.
+A function runs on the host if its arrays are NumPy's.
 
 A mask is a bool array of its kernel's shape, `True` = active. A *neuron* is one
 output unit; `neuron_axes` names the kernel axes that index neurons (the last axis
@@ -10,22 +11,19 @@ of a convolution), the remaining axes are its fan-in.
 
 import math
 
-import keras
 import numpy as np
 from keras import ops
 
-MAX_KERNEL_SIZE = 2**31 - 1  # the correction counts in int32
+from keras_sparseopt.backend import compiled, host, is_traced
+
+MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
 _SAMPLE = 2**14
+_LOWEST = -(2**31)  # below every key
 
 
-def host(x):
-    """`x` as a NumPy array, for reading: without a copy where the backend's memory allows."""
-    if isinstance(x, np.ndarray):
-        return x
-    x = ops.convert_to_tensor(x)
-    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        x = ops.cast(x, "float32")
-    return np.asarray(x)
+def on_host(*arrays):
+    """Whether all arrays are NumPy's."""
+    return all(isinstance(array, np.ndarray) for array in arrays)
 
 
 def fan_in_axes(rank, neuron_axes):
@@ -73,6 +71,8 @@ def check_mask(mask, shape):
 def neuron_counts(mask, neuron_axes):
     """Active weights of every neuron (int32, kept dims, broadcasts over the kernel)."""
     axes = fan_in_axes(len(mask.shape), neuron_axes)
+    if on_host(mask):
+        return mask.sum(axis=axes, keepdims=True, dtype="int32")
     return ops.sum(ops.cast(mask, "int32"), axis=axes, keepdims=True)
 
 
@@ -89,14 +89,14 @@ def correction(mask, neuron_axes):
     fan-in has a scale of exactly 1.
 
     Args:
-        mask: Bool tensor of the kernel's shape.
+        mask: Bool array of the kernel's shape.
         neuron_axes: Tuple of ints, the kernel axes that index neurons.
 
     Returns:
         Float32 tensor that broadcasts over the kernel. A neuron without active
         weights has scale 0; so has every neuron of a layer without any.
     """
-    counts = neuron_counts(mask, neuron_axes)
+    counts = ops.convert_to_tensor(neuron_counts(mask, neuron_axes))
     neurons = math.prod(counts.shape)
     counts, total = counts * neurons, ops.maximum(ops.sum(counts), 1)
     scale = ops.sqrt(ops.cast(counts, "float32") / ops.cast(total, "float32"))
@@ -106,7 +106,33 @@ def correction(mask, neuron_axes):
 
 def masked(values, mask):
     """`values` where active, exactly 0 elsewhere (even where `values` is NaN)."""
+    if on_host(values, mask):
+        return np.where(mask, values, np.zeros((), values.dtype))
     return ops.where(mask, values, ops.cast(0, values.dtype))
+
+
+def packed(mask):
+    """One bit per weight, as int32, the same on the host and compiled."""
+    size = math.prod(mask.shape)
+    words = -(-size // 32)
+    if on_host(mask):
+        bits = np.packbits(mask)
+        return np.pad(bits, (0, 4 * words - bits.size)).view("int32")
+    flat = ops.pad(ops.reshape(ops.cast(mask, "int32"), (-1,)), [[0, 32 * words - size]])
+    position: np.ndarray = np.arange(32, dtype="int32")
+    shift = ops.convert_to_tensor(8 * (position // 8) + 7 - position % 8)
+    return ops.sum(ops.left_shift(ops.reshape(flat, (words, 32)), shift), axis=1)
+
+
+def count_packed(words):
+    """How many bits are set in an array of int32."""
+    if on_host(words):
+        return int(np.bitwise_count(words.view("uint32")).sum(dtype="int64"))
+    ones = [ops.bitwise_and(ops.right_shift(words, bit), 1) for bit in range(32)]
+    return sum(ops.sum(one) for one in ones)
+
+
+# ---------------------------------------------------------------------- on the host
 
 
 def largest(values, k):
@@ -136,6 +162,195 @@ def _likely_largest(values, k):
     return np.flatnonzero(values >= np.partition(sample, sample.size - rank)[-rank])
 
 
+def _drop_and_grow_on_host(weights, mask, scores, num_update):
+    active = np.flatnonzero(mask)
+    new = mask.ravel().copy()
+    # Of the negated magnitudes the largest, ties by the *highest* index: what is kept wins ties.
+    magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
+    magnitudes = np.where(np.isnan(magnitudes), np.float32(-1), magnitudes)
+    dropped = active[::-1][largest(-magnitudes[::-1], num_update)]
+    new[dropped] = False
+    scores = scores.ravel().astype("float32", copy=False)
+    free = _likely_largest(scores, min(2 * num_update, active.size))
+    free = free[~new[free]]
+    if free.size < num_update:  # the kept weights have most of the best scores
+        free = np.flatnonzero(~new)
+    new[free[largest(scores[free], num_update)]] = True
+    return new.reshape(mask.shape)
+
+
+def _prune_on_host(weights, mask, count):
+    active = np.flatnonzero(mask)
+    magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
+    new = np.zeros(mask.size, dtype=bool)
+    new[active[largest(magnitudes, min(count, active.size))]] = True
+    return new.reshape(mask.shape)
+
+
+def _ranks(values):
+    """Rank of every value in its row, 0 for the largest, ties by lowest position."""
+    order = np.argsort(-values, axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None, :], axis=1)
+    return ranks
+
+
+def _constant_fan_in_on_host(weights, mask, scores, num_update, budget, neuron_axes, needed):
+    axes = (*neuron_axes, *fan_in_axes(mask.ndim, neuron_axes))
+    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
+
+    def by_neuron(array):
+        return np.transpose(array, axes).reshape(neurons, -1)
+
+    kept = _prune_on_host(weights, mask, int(np.count_nonzero(mask)) - num_update)
+    scores = scores.astype("float32", copy=False)
+    salient = kept.copy()
+    salient.ravel()[largest(scores.ravel(), num_update)] = True
+    counts = by_neuron(salient).sum(axis=1)
+    kept, scores, magnitudes = by_neuron(kept), by_neuron(scores), np.abs(by_neuron(weights))
+    possible = kept.shape[1]
+    # The budget must fit into the neurons that remain, and give each at least one weight.
+    fewest, most = -(-budget // possible), min(neurons, budget)
+    remaining = min(max(int((counts >= needed).sum()), fewest), most)
+    strongest = largest(counts.astype("float32"), remaining)
+    fan_in = budget // remaining
+
+    kept_ranks = _ranks(np.where(kept, magnitudes, -1.0))
+    kept &= kept_ranks < fan_in
+    grown_ranks = _ranks(np.where(kept, -np.inf, scores))
+    new = kept | (grown_ranks < fan_in - kept.sum(axis=1, keepdims=True))
+    ablated = np.ones(neurons, dtype=bool)
+    ablated[strongest] = False
+    new[ablated] = False
+    shape = [mask.shape[axis] for axis in axes]
+    return np.transpose(new.reshape(shape), np.argsort(axes)).copy()
+
+
+# ---------------------------------------------------------------------- compiled
+
+
+def count(mask):
+    """Active weights of a mask, as int32."""
+    return ops.sum(ops.cast(mask, "int32"))
+
+
+def _positions(shape):
+    """The flat index of every position, without flattening: a sharded array stays as it is."""
+    index, stride = ops.zeros((1,) * len(shape), "int32"), 1
+    for axis in reversed(range(len(shape))):
+        ones = [1] * len(shape)
+        ones[axis] = shape[axis]
+        index = index + ops.reshape(ops.arange(shape[axis], dtype="int32"), ones) * stride
+        stride *= shape[axis]
+    return index
+
+
+def _keys(values):
+    """int32 in the order of the values as float32; NaN as −∞, −0 as 0."""
+    values = ops.cast(values, "float32")
+    values = ops.where(ops.isnan(values), -np.inf, values)
+    bits = ops.view(ops.where(values == 0, ops.zeros_like(values), values), "int32")
+    return ops.where(bits < 0, ops.bitwise_xor(bits, np.int32(2**31 - 1)), bits)
+
+
+def _magnitude_keys(weights, mask):
+    """Keys of |w| where active, NaN below all others; `_LOWEST` elsewhere."""
+    weights = ops.cast(weights, "float32")
+    bits = ops.where(ops.isnan(weights), np.int32(-1), ops.view(ops.abs(weights), "int32"))
+    return ops.where(mask, bits, np.int32(_LOWEST))
+
+
+def _bisect(number_at, start, bits, is_too_high, is_exact):
+    """The largest value, `bits` above `start`, whose number is not too high; or an exact one."""
+
+    def go_on(bit, value, done):
+        return ops.logical_and(bit >= 0, ops.logical_not(ops.all(done)))
+
+    def step(bit, value, done):
+        candidate = value + ops.left_shift(ops.ones_like(bit), bit)
+        number = number_at(candidate)
+        stay = ops.logical_or(done, is_too_high(number))
+        value = ops.where(stay, value, candidate)
+        return bit - 1, value, ops.logical_or(done, is_exact(number))
+
+    first_bit = ops.convert_to_tensor(np.int32(bits - 1))
+    return ops.while_loop(go_on, step, (first_bit, start, ops.zeros_like(start) > 0))[1]
+
+
+def _top(groups, k, axes=None):
+    """The `k` largest of int32 keys, as bool arrays: ties by lowest position.
+
+    Bisection, bit by bit, on the value of the k-th largest; another on the position, where more are
+    equal to it than are wanted. Only reductions, so nothing is sorted, flattened or gathered.
+
+    Args:
+        groups: List of int32 arrays that are ranked together, in this order.
+        k: int32, how many; an array that broadcasts over the keys, with `axes`.
+        axes: Tuple of ints, to rank along these axes only (with one group), or `None`.
+    """
+
+    def total(bools):
+        sums = [ops.sum(ops.cast(b, "int32"), axis=axes, keepdims=axes is not None) for b in bools]
+        return sum(sums[1:], sums[0])
+
+    k = ops.convert_to_tensor(k, "int32")
+    zero = np.int32(0)
+    start = ops.where(total([g >= zero for g in groups]) >= k, zero, np.int32(_LOWEST))
+    threshold = _bisect(
+        lambda t: total([g >= t for g in groups]), start, 31, lambda n: n < k, lambda n: n == k
+    )
+    above = [g > threshold for g in groups]
+    tied = [g == threshold for g in groups]
+    wanted = k - total(above)
+
+    def first_of_tied():
+        ends = np.cumsum([0, *(math.prod(g.shape) for g in groups)])
+        at = [_positions(g.shape) + np.int32(e) for g, e in zip(groups, ends)]
+        end = _bisect(
+            lambda p: total([ops.logical_and(t, i < p) for t, i in zip(tied, at)]),
+            ops.zeros_like(wanted), int(ends[-1]).bit_length(),
+            lambda n: n > wanted, lambda n: ops.zeros_like(n) > 0,
+        )  # fmt: skip
+        return [ops.logical_and(t, i < end) for t, i in zip(tied, at)]
+
+    surplus = ops.any(total(tied) > wanted)
+    chosen = ops.cond(surplus, first_of_tied, lambda: tied)
+    return [ops.logical_or(a, c) for a, c in zip(above, chosen)]
+
+
+def _drop_and_grow_compiled(weights, mask, scores, num_update):
+    lowest = np.int32(_LOWEST)
+    (keep,) = _top([_magnitude_keys(weights, mask)], count(mask) - num_update)
+    (grow,) = _top([ops.where(keep, lowest, _keys(scores))], num_update)
+    return ops.logical_or(keep, grow)
+
+
+def _prune_compiled(weights, mask, number):
+    return _top([_magnitude_keys(weights, mask)], ops.minimum(number, count(mask)))[0]
+
+
+def _constant_fan_in_compiled(weights, mask, scores, num_update, budget, neuron_axes, needed):
+    axes, lowest = fan_in_axes(len(mask.shape), neuron_axes), np.int32(_LOWEST)
+    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
+    possible = math.prod(mask.shape) // neurons
+    magnitudes, scores = _magnitude_keys(weights, mask), _keys(scores)
+    kept = _prune_compiled(weights, mask, count(mask) - num_update)
+    (by_score,) = _top([scores], num_update)
+    counts = neuron_counts(ops.logical_or(kept, by_score), neuron_axes)
+    fewest = ops.floor_divide(budget + (possible - 1), possible)
+    most = ops.minimum(neurons, budget)
+    remaining = ops.minimum(ops.maximum(count(counts >= needed), fewest), most)
+    (strongest,) = _top([counts], remaining)
+    fan_in = ops.floor_divide(budget, remaining) * ops.ones_like(counts)
+    kept = ops.logical_and(kept, _top([ops.where(kept, magnitudes, lowest)], fan_in, axes)[0])
+    missing = fan_in - neuron_counts(kept, neuron_axes)
+    (grown,) = _top([ops.where(kept, lowest, scores)], missing, axes)
+    return ops.logical_and(ops.logical_or(kept, grown), strongest)
+
+
+# ---------------------------------------------------------------------- one name for both
+
+
 def drop_and_grow(weights, mask, scores, num_update):
     """One mask update: drop the smallest active weights, grow the best-scored positions.
 
@@ -147,7 +362,8 @@ def drop_and_grow(weights, mask, scores, num_update):
 
     The number of active weights is unchanged, exactly, also with ties (broken by the
     lowest flat index). A dropped position may grow again. Ranking is in float32; NaN
-    ranks as −∞. Runs on the host, and takes arrays of any backend.
+    ranks as −∞. Takes arrays of any backend; inside of a compiled function it is compiled, without
+    checks.
 
     Args:
         weights: Float array, the kernel.
@@ -156,7 +372,7 @@ def drop_and_grow(weights, mask, scores, num_update):
         num_update: Int in [0, number of active weights].
 
     Returns:
-        The new mask: NumPy bool array of the kernel's shape.
+        The new mask: bool array of the kernel's shape; NumPy's, unless compiled.
 
     Raises:
         ValueError: If shapes differ, `mask` is not bool, or `num_update` is out of range.
@@ -177,6 +393,8 @@ def drop_and_grow(weights, mask, scores, num_update):
     References:
         Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020.
     """
+    if is_traced(weights, mask, scores):
+        return _drop_and_grow_compiled(weights, mask, scores, num_update)
     weights, mask, scores = host(weights), host(mask), host(scores)
     if not weights.shape == mask.shape == scores.shape:
         raise ValueError(
@@ -185,26 +403,14 @@ def drop_and_grow(weights, mask, scores, num_update):
         )
     if mask.dtype != bool:
         raise ValueError(f"`mask` must be bool. Received: dtype={mask.dtype}")
-    active = np.flatnonzero(mask)
+    active = int(np.count_nonzero(mask))
     integer = isinstance(num_update, (int, np.integer)) and not isinstance(num_update, bool)
-    if not integer or not 0 <= num_update <= active.size:
+    if not integer or not 0 <= num_update <= active:
         raise ValueError(
             "`num_update` must be an int in [0, number of active weights = "
-            f"{active.size}]. Received: num_update={num_update!r}"
+            f"{active}]. Received: num_update={num_update!r}"
         )
-    new = mask.ravel().copy()
-    # Of the negated magnitudes the largest, ties by the *highest* index: what is kept wins ties.
-    magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
-    magnitudes = np.where(np.isnan(magnitudes), np.float32(-1), magnitudes)
-    dropped = active[::-1][largest(-magnitudes[::-1], num_update)]
-    new[dropped] = False
-    scores = scores.ravel().astype("float32", copy=False)
-    free = _likely_largest(scores, min(2 * num_update, active.size))
-    free = free[~new[free]]
-    if free.size < num_update:  # the kept weights have most of the best scores
-        free = np.flatnonzero(~new)
-    new[free[largest(scores[free], num_update)]] = True
-    return new.reshape(mask.shape)
+    return _drop_and_grow_on_host(weights, mask, scores, num_update)
 
 
 def prune(weights, mask, count):
@@ -216,30 +422,20 @@ def prune(weights, mask, count):
         count: Int.
 
     Returns:
-        NumPy bool array of the kernel's shape.
+        Bool array of the kernel's shape.
     """
-    active = np.flatnonzero(mask)
-    magnitudes = np.abs(weights.ravel()[active].astype("float32", copy=False))
-    new = np.zeros(mask.size, dtype=bool)
-    new[active[largest(magnitudes, min(count, active.size))]] = True
-    return new.reshape(mask.shape)
+    if on_host(weights, mask):
+        return _prune_on_host(weights, mask, count)
+    return _prune_compiled(weights, mask, count)
 
 
-def _ranks(values):
-    """Rank of every value in its row, 0 for the largest, ties by lowest position."""
-    order = np.argsort(-values, axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None, :], axis=1)
-    return ranks
-
-
-def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, min_salient):
+def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, needed):
     """SRigL's mask update: the same number of active weights for every neuron, or none.
 
     ```
     keep    = the (n_active − num_update) active weights of largest |w|
     salient = keep ∪ the num_update positions of largest score
-    ablate  neurons with fewer than max(1, floor(min_salient · floor(budget / neurons))) salient
+    ablate  neurons with fewer than `needed` salient
     fan_in  = floor(budget / remaining neurons)
     per remaining neuron: of keep at most fan_in by |w|, filled up by score
     ```
@@ -251,37 +447,112 @@ def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, min_
         num_update: Int.
         budget: Int, active weights of the kernel, at most.
         neuron_axes: Tuple of ints, the kernel axes that index neurons.
-        min_salient: Float; 0 ablates nothing.
+        needed: Int, salient weights that a neuron must have; 0 ablates nothing.
 
     Returns:
-        NumPy bool array of the kernel's shape.
+        Bool array of the kernel's shape.
     """
-    axes = (*neuron_axes, *fan_in_axes(mask.ndim, neuron_axes))
-    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
+    arguments = weights, mask, scores, num_update, budget, neuron_axes, needed
+    if on_host(weights, mask, scores):
+        return _constant_fan_in_on_host(*arguments)
+    return _constant_fan_in_compiled(*arguments)
 
-    def by_neuron(array):
-        return np.transpose(array, axes).reshape(neurons, -1)
 
-    kept = by_neuron(prune(weights, mask, int(np.count_nonzero(mask)) - num_update))
-    magnitudes = np.abs(by_neuron(weights).astype("float32"))
-    scores = by_neuron(scores).astype("float32")
-    salient = kept.copy()
-    salient.ravel()[largest(scores.ravel(), num_update)] = True
-    counts = salient.sum(axis=1)
-    possible = kept.shape[1]
-    # The budget must fit into the neurons that remain, and give each at least one weight.
-    fewest, most = -(-budget // possible), min(neurons, budget)
-    needed = max(1, math.floor(min_salient * (budget // neurons))) if min_salient else 0
-    remaining = min(max(int((counts >= needed).sum()), fewest), most)
-    strongest = largest(counts.astype("float32"), remaining)
-    fan_in = budget // remaining
+def fit(weights, mask):
+    """The mask that follows weights which came from elsewhere: what is not 0 is active.
 
-    kept_ranks = _ranks(np.where(kept, magnitudes, -1.0))
-    kept &= kept_ranks < fan_in
-    grown_ranks = _ranks(np.where(kept, -np.inf, scores))
-    new = kept | (grown_ranks < fan_in - kept.sum(axis=1, keepdims=True))
-    ablated = np.ones(neurons, dtype=bool)
-    ablated[strongest] = False
-    new[ablated] = False
-    shape = [mask.shape[axis] for axis in axes]
-    return np.transpose(new.reshape(shape), np.argsort(axes)).copy()
+    ```
+    mask = nonzero ∪ the first positions of the old mask that fill it up to its number
+    ```
+
+    Args:
+        weights: Float array.
+        mask: Bool array of its shape.
+
+    Returns:
+        Tuple: how many weights are not 0 outside of the mask, how many are not 0, how many are
+        active, and the new mask; which is of use if the second is at most the third.
+    """
+    if not on_host(weights, mask):
+        nonzero = ops.not_equal(weights, ops.cast(0, weights.dtype))
+        outside = count(ops.logical_and(nonzero, ops.logical_not(mask)))
+        keys = ops.where(nonzero, np.int32(2), ops.cast(mask, "int32"))
+        return outside, count(nonzero), count(mask), _top([keys], count(mask))[0]
+    nonzero = weights != 0
+    outside = np.count_nonzero(nonzero & ~mask)
+    wanted, active = np.count_nonzero(nonzero), np.count_nonzero(mask)
+    if outside and wanted <= active:
+        nonzero.ravel()[np.flatnonzero(mask & ~nonzero)[: active - wanted]] = True
+    return np.asarray(outside), np.asarray(wanted), np.asarray(active), nonzero
+
+
+def prune_together(weights, masks, number):
+    """`prune` for several kernels at once, ranked together: how many weights stay in each.
+
+    Args:
+        weights: List of float arrays.
+        masks: List of bool arrays of their shapes.
+        number: Int, weights that stay in all of them.
+
+    Returns:
+        List of ints.
+    """
+    if not on_host(*weights, *masks):
+        return [int(host(c)) for c in _prune_together_compiled(weights, masks, np.int32(number))]
+    active = [np.abs(w[m]).astype("float32", copy=False) for w, m in zip(weights, masks)]
+    every = np.concatenate(active)
+    chosen = np.zeros(every.size, dtype=bool)
+    chosen[largest(every, min(number, every.size))] = True
+    ends = np.cumsum([part.size for part in active])
+    return [int(part.sum()) for part in np.split(chosen, ends[:-1])]
+
+
+def _counts_together(weights, masks, number):
+    total = sum(count(mask) for mask in masks)
+    keys = [_magnitude_keys(w, m) for w, m in zip(weights, masks)]
+    return [count(stays) for stays in _top(keys, ops.minimum(number, total))]
+
+
+_prune_together_compiled = compiled(_counts_together)
+
+
+def random_scores(mask, seed, index, step):
+    """Uniform draws in [0, 1) for every position, a hash of (seed, index, step, position).
+
+    Args:
+        mask: Bool array, for its shape.
+        seed: Int ≥ 0.
+        index: Int ≥ 0, a number of the kernel.
+        step: Int ≥ 0, or an int tensor.
+
+    Returns:
+        Float32 array of the mask's shape, the same bits on every backend and device.
+    """
+    xp = np if on_host(mask) else ops
+    array = np.asarray if xp is np else ops.convert_to_tensor
+
+    def mixed(x):  # the finalizer of MurmurHash3
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = xp.bitwise_xor(x, xp.right_shift(x, array(np.uint32(shift))))
+            x = xp.multiply(x, array(np.uint32(factor)))
+        return xp.bitwise_xor(x, xp.right_shift(x, array(np.uint32(16))))
+
+    def absorbed(key, number):
+        if isinstance(number, (int, np.integer)):
+            number = np.uint32(int(number) % 2**32)
+        else:
+            number = ops.cast(number, "uint32")
+        return mixed(xp.bitwise_xor(mixed(key), xp.reshape(number, (1,))))
+
+    key = array(np.array([0x9E3779B9], "uint32"))
+    for number in (seed, seed >> 32, index, step):
+        key = absorbed(key, number)
+    if xp is np:
+        position = np.arange(mask.size, dtype="uint32").reshape(mask.shape)
+    else:
+        position = ops.cast(_positions(mask.shape), "uint32")
+    key = xp.reshape(key, (1,) * len(mask.shape))
+    draw = mixed(xp.bitwise_xor(mixed(position), key))
+    draw = xp.right_shift(draw, array(np.uint32(8)))
+    draw = draw.astype("float32") if xp is np else ops.cast(draw, "float32")
+    return draw * np.float32(2**-24)

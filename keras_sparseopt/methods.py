@@ -1,21 +1,23 @@
-"""The methods of dynamic sparse training, each a few lines on `DynamicSparseTraining`."""
+"""The methods of dynamic sparse training: what the next mask is, a few lines each.
+
+`**schedule` are the arguments of `DynamicSparseTraining` that a method does not name itself.
+"""
 
 import math
-import zlib
 
-import keras
-import numpy as np
 from keras import ops
 
 from keras_sparseopt import masks
-from keras_sparseopt.callbacks import (
-    DynamicSparseTraining,
+from keras_sparseopt.backend import are_on_host, host
+from keras_sparseopt.callbacks import DynamicSparseTraining
+from keras_sparseopt.checks import (
     check_float,
     check_fraction,
     check_int,
-    check_layers,
-    is_named,
+    check_patterns,
+    is_schedule,
 )
+from keras_sparseopt.topology import is_named
 
 
 class RigL(DynamicSparseTraining):
@@ -23,6 +25,7 @@ class RigL(DynamicSparseTraining):
 
     ```
     score = |g|          g: dense gradient of the loss at optimizer step t, all-reduced
+    mask  = drop_and_grow(weight, mask, score, n_update)
     ```
 
     The gradient is the training step's own: no extra batch. Just-dropped connections may
@@ -30,22 +33,15 @@ class RigL(DynamicSparseTraining):
     finite, that update is left out.
 
     Args:
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.3.
-        begin_step: Int, no update before this optimizer step, defaults to 0.
-        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
-            the steps of this fit.
+        update_every, drop_fraction, begin_step, end_step: The schedule, see
+            `DynamicSparseTraining`.
         growth_gradient: `"original"` (default) ranks by the gradient as it is, which raises
-            the ITOP rate; `"corrected"` by SparseOpt's `g · √(1−s_i)/√(1−s_avg)`. Layers with
+            the ITOP rate; `"corrected"` by SparseOpt's `g · √(1−s_i)/√(1−s_avg)`. Weights with
             `skew_correction=False` are ranked by the original one in both cases.
         gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
             steps, defaults to 1. At most `update_every`.
-        seed: Int; RigL draws nothing at random, kept for a uniform signature.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers.
+        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`; `seed` is accepted, but RigL draws nothing.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a wrong `growth_gradient` or
@@ -60,10 +56,11 @@ class RigL(DynamicSparseTraining):
 
     model = keras.Sequential([
         keras.Input((20,)),
-        kso.SparseDense(32, sparsity=0.9),
+        keras.layers.Dense(32),
         keras.layers.BatchNormalization(),
         keras.layers.Dense(1),
     ])
+    kso.sparsify(model, 0.9)
     model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
     history = model.fit(
         np.random.rand(64, 20), np.random.rand(64, 1), batch_size=8, epochs=2, verbose=0,
@@ -77,6 +74,8 @@ class RigL(DynamicSparseTraining):
         the two growth gradients: Adnan et al., "SparseOpt", ICML 2026.
     """
 
+    uses_gradient = True
+
     def __init__(
         self,
         update_every=100,
@@ -84,14 +83,10 @@ class RigL(DynamicSparseTraining):
         begin_step=0,
         end_step=None,
         growth_gradient="original",
-        seed=0,
         gradient_steps=1,
-        check_replicas=False,
-        layers=None,
+        **schedule,
     ):
-        super().__init__(
-            update_every, drop_fraction, begin_step, end_step, seed, check_replicas, layers
-        )
+        super().__init__(update_every, drop_fraction, begin_step, end_step, **schedule)
         if growth_gradient not in ("original", "corrected"):
             raise ValueError(
                 '`growth_gradient` must be "original" or "corrected". '
@@ -104,40 +99,36 @@ class RigL(DynamicSparseTraining):
                 f"gradient_steps={gradient_steps}, update_every={update_every}"
             )
         self.growth_gradient = growth_gradient
-        self.gradient_steps = self._gradient_steps = int(gradient_steps)
+        self.gradient_steps = int(gradient_steps)
 
-    def grow_scores(self, index, kernel):
-        scores = super().grow_scores(index, kernel)
-        topology = kernel.topology
+    def lease(self, optimizer):
+        return optimizer.lease_gradients(self.gradient_steps, self.update_every)
+
+    def scores(self, weight, mask, gradient, update):
+        topology = update.topology
         if self.growth_gradient == "corrected" and topology.skew_correction:
-            mask = ops.convert_to_tensor(topology.mask)
             scale = self.optimizer.correction(mask, topology.neuron_axes)
-            scores = scores * ops.cast(scale, scores.dtype)
-        return scores
+            gradient = gradient * (host(scale) if masks.on_host(mask) else scale)
+        return abs(gradient)
 
 
 class SET(DynamicSparseTraining):
     """SET, sparse evolutionary training: grow connections uniformly at random.
 
     ```
-    score ~ Uniform(0, 1), drawn from (seed, kernel index, optimizer step)
+    score ~ Uniform(0, 1), a hash of (seed, weight index, optimizer step, position)
+    mask  = drop_and_grow(weight, mask, score, n_update)
     ```
 
-    The draw has no state, so it is the same on every replica and after a resume. The count of
-    active weights is exact (some codes draw each connection on its own and let it drift).
+    The draw has no state, so it is the same on every replica and backend, and after a resume. The
+    count of active weights is exact (some codes draw each connection on its own and let it drift).
 
     Args:
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.3.
-        begin_step: Int, no update before this optimizer step, defaults to 0.
-        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
-            the steps of this fit.
+        update_every, drop_fraction, begin_step, end_step: The schedule, see
+            `DynamicSparseTraining`.
         seed: Int, defaults to 0.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers.
+        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`.
@@ -147,17 +138,21 @@ class SET(DynamicSparseTraining):
     ```python
     import keras_sparseopt as kso
 
-    callback = kso.SET(update_every=100, drop_fraction=0.5, seed=1)
+    callback = kso.SET(update_every=100, drop_fraction=0.3, seed=1)
     ```
 
     References:
-        Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse
-        Connectivity Inspired by Network Science", Nature Communications 2018.
+        Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive
+        Sparse Connectivity Inspired by Network Science", Nature Communications 2018.
     """
 
-    def grow_scores(self, index, kernel):
-        draw = zlib.crc32(np.array([self.seed, index, self._step], dtype="<i8").tobytes())
-        return keras.random.uniform(kernel.shape, seed=draw & 0x7FFFFFFF, dtype="float32")
+    def __init__(
+        self, update_every=100, drop_fraction=0.3, begin_step=0, end_step=None, seed=0, **schedule
+    ):
+        super().__init__(update_every, drop_fraction, begin_step, end_step, seed, **schedule)
+
+    def scores(self, weight, mask, gradient, update):
+        return masks.random_scores(mask, self.seed, update.index, update.step)
 
 
 class Static(DynamicSparseTraining):
@@ -165,6 +160,9 @@ class Static(DynamicSparseTraining):
 
     Not needed for training with fixed masks (a `SparseOpt` alone does that), but a baseline
     that differs from `RigL` or `SET` in this one name.
+
+    Args:
+        **schedule: `layers`, `optimizer`, `check_replicas`, see `DynamicSparseTraining`.
 
     Example:
 
@@ -175,13 +173,16 @@ class Static(DynamicSparseTraining):
     ```
     """
 
-    def __init__(self):
-        super().__init__(update_every=1, drop_fraction=0.0, end_step=1)
+    def __init__(self, **schedule):
+        super().__init__(update_every=1, drop_fraction=0.0, end_step=1, **schedule)
 
     def _check_interval(self, steps_per_execution):
         pass
 
     def _may_be_due(self, batches):
+        return False
+
+    def is_due(self):
         return False
 
 
@@ -199,17 +200,11 @@ class SNFS(DynamicSparseTraining):
     such a file starts a new average.
 
     Args:
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.3.
-        begin_step: Int, no update before this optimizer step, defaults to 0.
-        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
-            the steps of this fit.
+        update_every, drop_fraction, begin_step, end_step: The schedule, see
+            `DynamicSparseTraining`.
         momentum: Float in (0, 1), defaults to 0.9.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers.
+        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a `momentum` out of range, or gradient
@@ -228,7 +223,7 @@ class SNFS(DynamicSparseTraining):
         Performance", 2019, arXiv 1907.04840; without redistribution: Evci et al., ICML 2020.
     """
 
-    _gradient_steps = 1
+    uses_gradient = True
 
     def __init__(
         self,
@@ -237,16 +232,16 @@ class SNFS(DynamicSparseTraining):
         begin_step=0,
         end_step=None,
         momentum=0.9,
-        check_replicas=False,
-        layers=None,
+        **schedule,
     ):
-        super().__init__(
-            update_every, drop_fraction, begin_step, end_step, 0, check_replicas, layers
-        )
+        super().__init__(update_every, drop_fraction, begin_step, end_step, **schedule)
         check_float("momentum", momentum, 0, 1)
         if momentum == 0:
             raise ValueError(f"`momentum` must be in (0, 1). Received: momentum={momentum!r}")
-        self.momentum = self._gradient_momentum = float(momentum)
+        self.momentum = float(momentum)
+
+    def lease(self, optimizer):
+        return optimizer.lease_gradients(momentum=self.momentum)
 
 
 class GMP(DynamicSparseTraining):
@@ -258,24 +253,20 @@ class GMP(DynamicSparseTraining):
     mask     = the (1 − sparsity) · size active weights of largest |w|
     ```
 
-    Nothing grows: a pruned weight is 0 and stays 0. Start from a model whose sparse layers are
+    Nothing grows: a pruned weight is 0 and stays 0. Start from a model whose masks are
     dense, `sparsify(model, 0.0)`. The last update is the first one at or after `end_step`, and
     reaches `final_sparsity` exactly. Where a layer is sparser than the schedule already, it waits.
 
     Args:
         final_sparsity: Float in [0, 1), defaults to 0.9.
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        begin_step: Int, the optimizer step at which the schedule begins, defaults to 0.
-        end_step: Int, the optimizer step at which it ends. `None` (default): 75 % of the steps of
-            this fit.
+        update_every, begin_step, end_step: The schedule, see `DynamicSparseTraining`; sparsity
+            rises from `begin_step` to `end_step`.
         initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
             0.0.
-        scope: `"layer"` (default) brings every layer to the same sparsity, `"global"` ranks the
+        scope: `"layer"` (default) brings every weight to the same sparsity, `"global"` ranks the
             weights of all layers together.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers.
+        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`.
 
     Raises:
         ValueError: For an argument out of range; at the start of training as
@@ -289,7 +280,7 @@ class GMP(DynamicSparseTraining):
     import keras_sparseopt as kso
 
     model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32), keras.layers.Dense(1)])
-    model = kso.sparsify(model, 0.0)
+    kso.sparsify(model, 0.0)
     model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
     history = model.fit(
         np.random.rand(64, 20), np.random.rand(64, 1), batch_size=8, epochs=2, verbose=0,
@@ -310,10 +301,9 @@ class GMP(DynamicSparseTraining):
         end_step=None,
         initial_sparsity=0.0,
         scope="layer",
-        check_replicas=False,
-        layers=None,
+        **schedule,
     ):
-        super().__init__(update_every, 0.0, begin_step, end_step, 0, check_replicas, layers)
+        super().__init__(update_every, 0.0, begin_step, end_step, **schedule)
         check_float("final_sparsity", final_sparsity, 0, 1)
         check_float("initial_sparsity", initial_sparsity, 0, 1)
         if initial_sparsity > final_sparsity:
@@ -326,11 +316,13 @@ class GMP(DynamicSparseTraining):
         self.final_sparsity = float(final_sparsity)
         self.initial_sparsity = float(initial_sparsity)
         self.scope = scope
-        self._counts: dict[int, int] = {}
 
-    def _is_due(self):
-        # One update more than other methods: the one that reaches the final sparsity.
+    # One update more than other methods: the one that reaches the final sparsity.
+    def is_due(self):
         return self.begin_step <= self._step < self._end_step + self.update_every
+
+    def is_over(self):
+        return self._step >= self._end_step + self.update_every
 
     def target_sparsity(self, step):
         """The schedule's sparsity at an optimizer step: float."""
@@ -339,29 +331,22 @@ class GMP(DynamicSparseTraining):
         rest = (1 - min(max(progress, 0.0), 1.0)) ** 3
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * rest
 
-    def plan(self, kernels):
+    def plan(self, weights, active):
         sparsity = self.target_sparsity(self._step)
-        sizes = [math.prod(kernel.shape) for _, kernel in kernels]
+        sizes = [math.prod(weight.variable.shape) for weight in weights]
         if self.scope == "layer":
             counts = [masks.num_active(size, sparsity) for size in sizes]
         else:
-            magnitudes = []
-            for _, kernel in kernels:
-                magnitude = np.abs(masks.host(kernel)).astype("float32", copy=False)
-                magnitudes.append(magnitude[masks.host(kernel.topology.mask)])
-            every = np.concatenate(magnitudes)
-            total = min(masks.num_active(sum(sizes), sparsity), every.size)
-            chosen = np.zeros(every.size, dtype=bool)
-            chosen[masks.largest(every, total)] = True
-            ends = np.cumsum([m.size for m in magnitudes])
-            counts = [int(part.sum()) for part in np.split(chosen, ends[:-1])]
-        self._counts = {id(kernel): count for (_, kernel), count in zip(kernels, counts)}
+            number = masks.num_active(sum(sizes), sparsity)
+            read = host if are_on_host([w.variable for w in weights]) else ops.convert_to_tensor
+            values = [read(weight.variable) for weight in weights]
+            counts = masks.prune_together(
+                values, [read(weight.topology.mask) for weight in weights], number
+            )
+        return [{"count": min(count, now)} for count, now in zip(counts, active)]
 
-    def grow_scores(self, index, kernel):
-        return None
-
-    def new_mask(self, kernel, weights, mask, scores, fraction):
-        return masks.prune(weights, mask, self._counts[id(kernel)])
+    def new_mask(self, weight, mask, gradient, update):
+        return masks.prune(weight, mask, update.count)
 
 
 class GraNet(GMP):
@@ -377,19 +362,12 @@ class GraNet(GMP):
     dense-to-sparse, 0.5 its sparse-to-sparse setting.
 
     Args:
-        final_sparsity: Float in [0, 1), defaults to 0.9.
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        begin_step: Int, the optimizer step at which the schedule begins, defaults to 0.
-        end_step: Int, the optimizer step at which it ends. `None` (default): 75 % of the steps of
-            this fit.
+        final_sparsity, update_every, begin_step, end_step: As in `GMP`.
         initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
             0.5.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.5.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers.
+        drop_fraction: As in `DynamicSparseTraining`, defaults to 0.5.
+        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`.
 
     Raises:
         ValueError: For an argument out of range; at the start of training as
@@ -408,7 +386,7 @@ class GraNet(GMP):
         NeurIPS 2021, arXiv 2106.10404.
     """
 
-    _gradient_steps = 1
+    uses_gradient = True
 
     def __init__(
         self,
@@ -418,30 +396,31 @@ class GraNet(GMP):
         end_step=None,
         initial_sparsity=0.5,
         drop_fraction=0.5,
-        check_replicas=False,
-        layers=None,
+        **schedule,
     ):
         super().__init__(
             final_sparsity, update_every, begin_step, end_step, initial_sparsity, "global",
-            check_replicas, layers,
+            **schedule,
         )  # fmt: skip
-        if not isinstance(drop_fraction, keras.optimizers.schedules.LearningRateSchedule):
+        if not is_schedule(drop_fraction):
             check_fraction(drop_fraction)
         self.drop_fraction = drop_fraction
 
-    grow_scores = DynamicSparseTraining.grow_scores
+    def plan(self, weights, active):
+        counts = [numbers["count"] for numbers in super().plan(weights, active)]
+        replaced = DynamicSparseTraining.plan(self, weights, counts)
+        return [{"count": count, **numbers} for count, numbers in zip(counts, replaced)]
 
-    def new_mask(self, kernel, weights, mask, scores, fraction):
-        pruned = super().new_mask(kernel, weights, mask, scores, fraction)
-        num_update = math.floor(fraction * np.count_nonzero(pruned))
-        return masks.drop_and_grow(weights, pruned, scores, num_update)
+    def new_mask(self, weight, mask, gradient, update):
+        pruned = masks.prune(weight, mask, update.count)
+        return masks.drop_and_grow(weight, pruned, abs(gradient), update.num_update)
 
 
 class SRigL(DynamicSparseTraining):
     """SRigL: RigL with the same fan-in for every neuron of a layer; weak neurons are ablated.
 
     ```
-    budget  = active weights that the layer was made with
+    budget  = active weights that the mask was given (by sparsify, set_mask, GMP, …)
     keep    = the (n_active − n_update) active weights of largest |w|
     salient = keep ∪ the n_update positions of largest |g|
     ablate  neurons with fewer than max(1, floor(min_salient · fan-in before ablation)) salient
@@ -456,20 +435,15 @@ class SRigL(DynamicSparseTraining):
     salient again.
 
     Args:
-        update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1) with cosine annealing, or a Keras schedule of the
-            optimizer step. Defaults to 0.3.
-        begin_step: Int, no update before this optimizer step, defaults to 0.
-        end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
-            the steps of this fit.
+        update_every, drop_fraction, begin_step, end_step: The schedule, see
+            `DynamicSparseTraining`.
         min_salient: Float in [0, 1), a neuron's share of its fan-in that must be salient, defaults
             to 0.3. 0 never ablates.
-        ablation_exclude: List of layer names or patterns whose neurons are never ablated, such as
-            the classifier; defaults to `()`. Layers that feed no normalization should be in it.
-        check_replicas: Bool, defaults to `False`. `True` compares masks, weights and slots of all
-            devices before and after every update (`assert_replicas_agree`): slow, for debugging.
-        layers: List of layer names or patterns such as `"conv*"` that this method is for, or `None`
-            (default) for all sparse layers.
+        ablation_exclude: List of names or patterns of weights whose neurons are never ablated, such
+            as the classifier's; defaults to `()`. Layers that feed no normalization should be in
+            it.
+        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a `min_salient` out of range.
@@ -496,7 +470,8 @@ class SRigL(DynamicSparseTraining):
         arXiv 2305.02299.
     """
 
-    _gradient_steps = 1
+    uses_gradient = True
+    keeps_budget = True
 
     def __init__(
         self,
@@ -506,21 +481,26 @@ class SRigL(DynamicSparseTraining):
         end_step=None,
         min_salient=0.3,
         ablation_exclude=(),
-        check_replicas=False,
-        layers=None,
+        **schedule,
     ):
-        super().__init__(
-            update_every, drop_fraction, begin_step, end_step, 0, check_replicas, layers
-        )
+        super().__init__(update_every, drop_fraction, begin_step, end_step, **schedule)
         check_float("min_salient", min_salient, 0, 1)
         self.min_salient = float(min_salient)
-        self.ablation_exclude = check_layers("ablation_exclude", ablation_exclude or None) or ()
+        self.ablation_exclude = check_patterns("ablation_exclude", ablation_exclude or None) or ()
 
-    def new_mask(self, kernel, weights, mask, scores, fraction):
-        topology = kernel.topology
-        excluded = is_named(kernel, self.ablation_exclude)
-        num_update = math.floor(fraction * np.count_nonzero(mask))
+    def plan(self, weights, active):
+        budgets = host(self.optimizer.budgets)
+        plan = super().plan(weights, active)
+        for weight, numbers in zip(weights, plan):
+            topology, budget = weight.topology, int(budgets[weight.index])
+            neurons = math.prod(weight.variable.shape[axis] for axis in topology.neuron_axes)
+            ablates = self.min_salient and not is_named(topology, self.ablation_exclude)
+            needed = max(1, math.floor(self.min_salient * (budget // neurons))) if ablates else 0
+            numbers.update(budget=budget, needed=needed)
+        return plan
+
+    def new_mask(self, weight, mask, gradient, update):
         return masks.constant_fan_in(
-            weights, mask, scores, num_update, topology.budget, topology.neuron_axes,
-            0.0 if excluded else self.min_salient,
+            weight, mask, abs(gradient), update.num_update, update.budget,
+            update.topology.neuron_axes, update.needed,
         )  # fmt: skip

@@ -6,7 +6,8 @@ import pathlib
 
 import numpy as np
 
-from keras_sparseopt import analysis, masks
+from keras_sparseopt import analysis, keras_internals
+from keras_sparseopt.backend import host
 from keras_sparseopt.callbacks import NO_GRADIENT, DynamicSparseTraining
 from keras_sparseopt.devices import worker_index
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
@@ -42,6 +43,7 @@ class GradientFlow(DynamicSparseTraining):
             scalars, by layer too, and histograms of fan-in, fan-out and amplification. One folder
             per training and callback; a training that starts at step 0 begins the file anew. Needs
             TensorFlow, on every backend.
+        **schedule: `layers`, `optimizer`, see `DynamicSparseTraining`.
 
     Attributes:
         history: List of dicts with `step`, the four measures above, and `layers`: dicts with
@@ -73,10 +75,10 @@ class GradientFlow(DynamicSparseTraining):
         Tessera, Hooker, Rosman, "Keep the Gradients Flowing", 2021, arXiv 2102.01670.
     """
 
-    _gradient_steps = 1
+    uses_gradient = True
 
-    def __init__(self, every=100, p=2, log_dir=None):
-        super().__init__(update_every=every, drop_fraction=0.0, end_step=1)
+    def __init__(self, every=100, p=2, log_dir=None, **schedule):
+        super().__init__(update_every=every, drop_fraction=0.0, end_step=1, **schedule)
         analysis.check_p(p)
         self.p = p
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
@@ -89,30 +91,37 @@ class GradientFlow(DynamicSparseTraining):
             self.log_dir.mkdir(parents=True, exist_ok=True)  # now: others may log there, too
 
     def begin(self, optimizer, total_steps=None):
-        self.history, self._logs, self._last_masks, self._sink = [], {}, {}, None
-        return super().begin(optimizer, total_steps)
+        self.history, self._last_masks, self._sink = [], {}, None
+        self._measured: dict = {}
+        changed = super().begin(optimizer, total_steps)
+        self._start = self._step
+        return changed
 
-    def _look_again(self):
-        logs, self._logs = self._logs, {}
-        super()._look_again()
-        self._logs = logs  # the method logs the rest
-        if not self._last_masks:  # nothing measured yet: where this training goes on from
-            self._start = self._step
+    def _settle(self):
+        super()._settle()
+        self._start = self._step  # where this training goes on from
 
-    def _is_due(self):
+    def is_due(self):
         return True
 
-    def _update_masks(self):
+    def is_over(self):
+        return False
+
+    def read_logs(self):
+        return dict(self._measured)  # the method logs the rest
+
+    def update_masks(self):
+        """Measure, and change nothing."""
         gradients, layers = [], []
-        kernels = self._kernels()
-        names = analysis.unique_names([kernel.topology.name for _, kernel in kernels])
-        for name, (index, kernel) in zip(names, kernels):
-            gradient = masks.host(self.optimizer.dense_gradient(kernel))
+        weights = self._weights()
+        names = analysis.unique_names([weight.topology.name for weight in weights])
+        for name, weight in zip(names, weights):
+            gradient = host(self._lease.gradient(weight.variable))
             if (gradient == UNWRITTEN).all():  # no loss depends on this layer
                 continue
-            mask = masks.host(kernel.topology.mask)
+            mask = host(weight.topology.mask)
             gradients.append(gradient)
-            layers.append({"name": name, **self._measure(index, kernel.topology, gradient, mask)})
+            layers.append({"name": name, **self._measure(weight, gradient, mask)})
         if not layers:
             raise ValueError(NO_GRADIENT)
         corrected = [layer for layer in layers if layer["corrected"]]
@@ -123,16 +132,17 @@ class GradientFlow(DynamicSparseTraining):
             "skew_angle": _mean([layer["angle"] for layer in corrected]),
             "skew_jump": _mean(jumps) if jumps or not corrected else None,
         }
-        self._logs = {k: math.nan if v is None else v for k, v in measured.items()}
+        self._measured = {k: math.nan if v is None else v for k, v in measured.items()}
         if self.log_dir is not None and self._sink is None and self._is_first_worker():
             self._sink = _Sink(self.log_dir)
             self.history = self._sink.continue_from(self._start)
         self.history.append({"step": self._step, **measured, "layers": layers})
         if self._sink is not None:
-            kernels = [kernel for _, kernel in kernels]
-            self._sink.write(self.history[-1], names, kernels, self.optimizer.itop_rate())
+            topologies = [weight.topology for weight in weights]
+            self._sink.write(self.history[-1], names, topologies, self.optimizer.itop_rate())
 
-    def _measure(self, index, topology, gradient, mask):
+    def _measure(self, weight, gradient, mask):
+        topology = weight.topology
         skew = analysis.gradient_skew(mask, gradient, topology.neuron_axes)
         layer = {
             "effective_gradient_flow": analysis.effective_gradient_flow([gradient], [mask], self.p),
@@ -143,17 +153,18 @@ class GradientFlow(DynamicSparseTraining):
             "churn": None,
             "corrected": topology.skew_correction,
         }
-        last = self._last_masks.get(index)
+        last = self._last_masks.get(weight.index)
         if last is not None:
             before = analysis.gradient_skew(last, gradient, topology.neuron_axes)
             layer["angle_jump"] = skew["angle"] - before["angle"]
             layer["spread_jump"] = skew["spread"] - before["spread"]
             layer["churn"] = 1.0 - analysis.mask_overlap([last], [mask])["total"]
-        self._last_masks[index] = mask.copy()
+        self._last_masks[weight.index] = mask.copy()
         return layer
 
     def _is_first_worker(self):
-        return self._model is None or worker_index(self._model) == 0
+        model = keras_internals.model_of(self)
+        return model is None or worker_index(model) == 0
 
 
 def _mean(values):
@@ -184,7 +195,7 @@ class _Sink:
         self.path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         return entries
 
-    def write(self, entry, names, kernels, itop_rate):
+    def write(self, entry, names, topologies, itop_rate):
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         summary, step = _tensorflow().summary, entry["step"]
@@ -197,12 +208,11 @@ class _Sink:
                 for name, value in layer.items():
                     if name not in ("name", "corrected") and value is not None:
                         summary.scalar(f"{name}/{layer['name']}", value)
-            for name, kernel in zip(names, kernels):
-                topology = kernel.topology
+            for name, topology in zip(names, topologies):
                 into, out = analysis.fan_in_and_out(topology)
                 skew = analysis.gradient_skew(topology.mask, neuron_axes=topology.neuron_axes)
                 amplification = skew["amplification"]
-                summary.scalar(f"sparsity/{name}", 1 - masks.host(topology.mask).mean())
+                summary.scalar(f"sparsity/{name}", 1 - host(topology.mask).mean())
                 summary.histogram(f"fan_in/{name}", into)
                 summary.histogram(f"fan_out/{name}", out)
                 alive = amplification[~np.isnan(amplification)]

@@ -11,10 +11,10 @@ import keras
 import numpy as np
 
 from keras_sparseopt import analysis
-from keras_sparseopt.conversion import sparse_layers
-from keras_sparseopt.graph import functional_of
+from keras_sparseopt.keras_internals import functional_of
 from keras_sparseopt.monitors import LOG_FILE, GradientFlow, read_log
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+from keras_sparseopt.topology import sparse_weights
 
 _TOPOLOGY = {
     "sparsity": "sparsity",
@@ -76,8 +76,8 @@ def report(history, model, directory="report", gradient_flow=None, title=None):
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    if not sparse_layers(model):
-        raise ValueError(f"`model` must hold sparse layers. Received: '{model.name}'")
+    if not analysis.named_topologies(model):
+        raise ValueError(f"`model` must hold sparse weights. Received: '{model.name}'")
     if gradient_flow is not None and not isinstance(gradient_flow, GradientFlow):
         raise TypeError(
             "`gradient_flow` must be the GradientFlow callback that measured, or None. "
@@ -379,7 +379,7 @@ def _skew(measured):
 
 
 def _facts(logs, model, rows):
-    size = sum(int(np.prod(layer.kernel.shape)) for layer in sparse_layers(model))
+    size = sum(int(np.prod(weight.shape)) for weight in sparse_weights(model))
     active = sum(int(row["fan_in"].sum()) for row in rows)
     trainable = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
     facts = {
@@ -389,7 +389,7 @@ def _facts(logs, model, rows):
         "dead neurons": f"{sum(row['dead_neurons'] for row in rows):,}",
     }
     optimizer = sparse_opt_of(getattr(model, "optimizer", None))
-    if optimizer is not None and optimizer.built and optimizer.sparse_kernels:
+    if optimizer is not None and optimizer.built and optimizer.sparse_weights:
         facts["ITOP rate, masked layers"] = f"{optimizer.itop_rate():.4f}"
         facts["ITOP rate, all weights"] = f"{optimizer.itop_rate(all_weights=True):.4f}"
     for name, log in logs.items():

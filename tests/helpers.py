@@ -61,17 +61,41 @@ def sparse_opt(model):
 
 def assert_invariants(model, optimizer=None):
     """Inactive weights and all slots of their shape are exactly 0."""
-    for layer in kso.sparse_layers(model):
-        assert not array(layer.kernel)[~array(layer.kernel_mask)].any(), layer.name
-    for kernel in (optimizer or sparse_opt(model))._kernels:
-        inactive = ~array(kernel.topology.mask)
-        assert np.isfinite(array(kernel.variable)).all()
-        for slot in kernel.slots:
+    for weight in kso.sparse_weights(model):
+        assert not array(weight)[~array(weight.topology.mask)].any(), weight.path
+    for weight in (optimizer or sparse_opt(model)).weights:
+        inactive = ~array(weight.topology.mask)
+        assert np.isfinite(array(weight.variable)).all()
+        assert np.array_equal(array(weight.mask), ~inactive)
+        for slot in weight.slots:
             assert not array(slot)[inactive].any(), slot.path
+        if weight.scale is not None:
+            ones = np.ones(inactive.shape)
+            expected = correct_oracle(ones, ~inactive, weight.topology.neuron_axes)
+            scale = np.where(inactive, 0.0, array(weight.scale))
+            np.testing.assert_allclose(scale, expected, rtol=2e-6)
+
+
+class AfterEachStep(keras.callbacks.Callback):
+    """Calls `see(logs)` after every optimizer step and what callbacks before it have done then.
+
+    Keras calls no hook at that point without waiting for the loss, so the beginning of the next
+    batch, and the end of the epoch, stand for it.
+    """
+
+    def see(self, logs):
+        raise NotImplementedError
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch:
+            self.see({})
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.see(logs)
 
 
 def masks_of(model):
-    return [array(layer.kernel_mask) for layer in kso.sparse_layers(model)]
+    return [array(weight.topology.mask) for weight in kso.sparse_weights(model)]
 
 
 def correct_oracle(gradient, mask, neuron_axes):

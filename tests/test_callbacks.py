@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import (
+    AfterEachStep,
     array,
     assert_invariants,
     compiled,
@@ -21,19 +22,20 @@ def sgd(**kwargs):
     return kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9), **kwargs)
 
 
-class Recorder(keras.callbacks.Callback):
+class Recorder(AfterEachStep):
     """Remembers masks after every batch; put it after the method's callback."""
 
-    def __init__(self):
+    def __init__(self, method):
         super().__init__()
+        self.method = method
         self.masks, self.logs = [], []
 
     def on_train_begin(self, logs=None):
         self.masks.append(masks_of(self.model))
 
-    def on_train_batch_end(self, batch, logs=None):
+    def see(self, logs):
         self.masks.append(masks_of(self.model))
-        self.logs.append(dict(logs))
+        self.logs.append(self.method.read_logs())
 
     @property
     def update_steps(self):
@@ -48,7 +50,7 @@ class Recorder(keras.callbacks.Callback):
 def fit(method, optimizer=None, epochs=2, batch_size=4, model=None, compile_args=None, **kwargs):
     keras.utils.set_random_seed(1)
     model = compiled(model or mlp(), optimizer or sgd(), **(compile_args or {}))
-    recorder = Recorder()
+    recorder = Recorder(method)
     x, y = data(32)
     callbacks = [method, *kwargs.pop("callbacks", []), recorder]
     history = model.fit(
@@ -84,9 +86,10 @@ def test_end_step_defaults_to_three_quarters_of_the_fit(name):
 
 def test_end_step_of_a_second_fit_counts_from_its_own_start():
     model, _, _ = fit(kso.SET(2, 0.9))
-    recorder = Recorder()
+    recorder = Recorder(kso.SET(2, 0.9))
     x, y = data(32)
-    model.fit(x, y, epochs=2, batch_size=4, verbose=0, callbacks=[kso.SET(2, 0.9), recorder])
+    callbacks = [recorder.method, recorder]
+    model.fit(x, y, epochs=2, batch_size=4, verbose=0, callbacks=callbacks)
     assert recorder.update_steps and max(recorder.update_steps) < 12
 
 
@@ -123,8 +126,8 @@ def growth(growth_gradient, gradient_steps=1, steps=1, accumulation=None):
     scores = []
 
     class Spy(kso.RigL):
-        def grow_scores(self, index, kernel):
-            scores.append(array(super().grow_scores(index, kernel)))
+        def scores(self, weight, mask, gradient, update):
+            scores.append(array(super().scores(weight, mask, gradient, update)))
             return scores[-1]
 
     every = steps // (accumulation or 1)
@@ -188,11 +191,10 @@ def test_logs_reach_history_csv_and_tensorboard(name, tmp_path, capsys):
     model = mlp()
     _, recorder, history = fit(METHODS[name](), model=model, callbacks=callbacks)
     names = {"sparsity", "drop_fraction", "itop_rate", "mask_change"}
-    assert names <= set(history.history) and names <= set(recorder.logs[0])
+    assert names <= set(history.history) and names == set(recorder.logs[0])
     with open(tmp_path / "log.csv") as file:
         assert names <= set(csv.DictReader(file).fieldnames)
-    kernels = [layer.kernel for layer in kso.sparse_layers(model)]
-    size = sum(array(k).size for k in kernels)
+    size = sum(array(weight).size for weight in kso.sparse_weights(model))
     active = sum(m.sum() for m in recorder.masks[-1])
     assert history.history["sparsity"][-1] == pytest.approx(1 - active / size)
     assert history.history["itop_rate"][-1] == pytest.approx(kso.itop_rate(recorder.masks))
@@ -284,7 +286,7 @@ def test_no_mask_is_computed_from_weights_that_are_not_finite(name, capsys):
 
 def test_dense_gradients_are_freed_after_fit():
     model, _, _ = fit(kso.RigL(3))
-    assert all(kernel.tap is None for kernel in sparse_opt(model)._kernels)
+    assert not sparse_opt(model).kept_gradients and not sparse_opt(model).transient_variables[2:]
     x, y = data()
     model.fit(x, y, verbose=0)  # the train function is made anew, without the taps
     assert_invariants(model)
@@ -317,9 +319,9 @@ def test_custom_loop_equals_fit():
 
 def test_a_new_method_is_one_overridden_method():
     class GrowFirst(kso.DynamicSparseTraining):
-        def grow_scores(self, index, kernel):
-            positions = keras.ops.arange(int(np.prod(kernel.shape)), dtype="float32")
-            return -keras.ops.reshape(positions, kernel.shape)
+        def scores(self, weight, mask, gradient, update):
+            positions = keras.ops.arange(int(np.prod(mask.shape)), dtype="float32")
+            return -keras.ops.reshape(positions, mask.shape)
 
     model, recorder, _ = fit(GrowFirst(3, 0.9, end_step=1000))
     mask = recorder.masks[-1][0].ravel()
@@ -370,9 +372,9 @@ def test_a_model_that_is_first_built_inside_of_fit(name, kind):
     callback = METHODS[name](end_step=100)
     changes = []
 
-    class Watch(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            changes.append(logs["mask_change"])
+    class Watch(AfterEachStep):
+        def see(self, logs):
+            changes.append(float(array(self.model.optimizer.mask_change)))
 
     model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback, Watch()])
     assert max(changes) > 0
@@ -438,9 +440,9 @@ def test_a_layer_without_loss_keeps_its_topology():
 
 def test_annealing_starts_anew_in_a_second_fit():
     model, _, _ = fit(kso.SET(2, 0.8), epochs=6)
-    recorder = Recorder()
+    recorder = Recorder(kso.SET(2, 0.8))
     x, y = data(32)
-    model.fit(x, y, batch_size=4, verbose=0, callbacks=[kso.SET(2, 0.8), recorder])
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[recorder.method, recorder])
     # 8 steps, updates before the sixth: cos(π · t / 6)
     fractions = [recorder.logs[i]["drop_fraction"] for i in (1, 3)]
     assert fractions == pytest.approx([0.4 * (1 + np.cos(np.pi * t / 6)) for t in (2, 4)])

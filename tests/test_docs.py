@@ -35,7 +35,8 @@ def test_every_argument_is_documented(name):
         arguments = [a for a in inspect.signature(item).parameters if a != "self"]
     section = (item.__doc__ or "").partition("Args:")[2]
     for argument in arguments:
-        assert re.search(rf"^\s+{argument}(, \w+)*: ", section, flags=re.M), argument
+        pattern = rf"^\s+(\w+, )*(\*\*)?{argument}(, \w+)*: "
+        assert re.search(pattern, section, flags=re.M), argument
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):

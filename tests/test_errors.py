@@ -9,7 +9,31 @@ import keras_sparseopt as kso
 
 
 def dense_net():
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="d")])
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="d")], name="net")
+
+
+class OwnSparse(kso.SparseDense):
+    pass
+
+
+def sparsify_late():
+    model = dense_net()
+    model.compile(kso.SparseOpt("sgd"), "mse")
+    model.optimizer.build(model.trainable_variables)
+    kso.sparsify(model, 0.5)
+
+
+def denser():
+    model = kso.sparsify(dense_net(), 0.5)
+    model.set_weights([np.ones((4, 3)), np.zeros(3)])
+
+
+def strip_moved():
+    model = kso.sparsify(dense_net(), 0.5)
+    kernel = model.layers[0].kernel
+    with kernel.topology.quiet():  # as an assignment past the variable would
+        kernel.assign(np.ones((4, 3)))
+    kso.strip(model)
 
 
 class Subclassed(keras.Model):
@@ -27,10 +51,16 @@ def built(**kwargs):
     return layer
 
 
-def fit(optimizer, callback, model=None, **kwargs):
+def fit(optimizer, callback, model=None, n=8, epochs=1, **kwargs):
     model = compiled(model or mlp(), optimizer, **kwargs)
-    x, y = data(8)
-    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+    x, y = data(n)
+    model.fit(x, y, batch_size=4, epochs=epochs, verbose=0, callbacks=[callback])
+
+
+def two_optimizers():
+    model = mlp()
+    model.other_optimizer = kso.SparseOpt("adam")
+    fit(kso.SparseOpt("sgd"), kso.SET(1), model)
 
 
 def unknown_length():
@@ -77,9 +107,9 @@ WRONG_CALLS = {
     "num_update float": (lambda: kso.drop_and_grow(W, M, W, 0.5), "`num_update` must be an int in [0, number of active weights = 4]. Received: num_update=0.5"),
     "set_mask shape": (lambda: kso.set_mask(built(), np.ones((3, 4), bool)), "The mask must be bool of shape (4, 3). Received: dtype bool, shape (3, 4)"),
     "set_mask dtype": (lambda: kso.set_mask(built(), np.ones((4, 3))), "The mask must be bool of shape (4, 3). Received: dtype float64, shape (4, 3)"),
-    "set_mask layer": (lambda: kso.set_mask(keras.layers.Dense(3), M), "`layer` must be a sparse layer. Received: layer=<Dense"),
-    "set_mask unbuilt": (lambda: kso.set_mask(kso.SparseDense(3, name="x"), M), "`layer` must be built before its mask can be set. Received: 'x'"),
-    "masks_from_zeros": (lambda: kso.masks_from_zeros(dense_net()), "`model` must hold sparse layers; call `sparsify(model, 0.0)` first"),
+    "set_mask layer": (lambda: kso.set_mask(keras.layers.Dense(3), M), "`target` must be a sparse weight or a layer that owns exactly one. Received: target=<Dense"),
+    "set_mask unbuilt": (lambda: kso.set_mask(kso.SparseDense(3, name="x"), M), "`target` must be built before its mask can be set. Received: 'x'"),
+    "masks_from_zeros": (lambda: kso.masks_from_zeros(dense_net(), exclude="d"), "Nothing is left to mask in"),
     # distributions
     "erk sparsity": (lambda: kso.erk([(2, 2)], 1.5), "`sparsity` must be in [0, 1). Received: sparsity=1.5"),
     "uniform shapes": (lambda: kso.uniform([(2,)], 0.5), "`shapes` must be kernel shapes: at least two positive axes each. Received: shapes=[(2,)]"),
@@ -87,16 +117,21 @@ WRONG_CALLS = {
     "sparsify sparsity": (lambda: kso.sparsify(dense_net(), 90), "`sparsity` must be in [0, 1). Received: sparsity=90"),
     "sparsify None": (lambda: kso.sparsify(dense_net(), None), "`sparsity` must be a float. Received: sparsity=None"),
     "sparsify seed": (lambda: kso.sparsify(dense_net(), 0.5, seed="a"), "`seed` must be a non-negative int. Received: seed='a'"),
-    "distribution name": (lambda: kso.sparsify(dense_net(), 0.5, "ERK"), "`distribution` must be one of ['er', 'erk', 'uniform'] or a dict from layer name to sparsity. Received: distribution='ERK'"),
-    "distribution layer": (lambda: kso.sparsify(dense_net(), None, {"x": 0.5}), "`distribution` must name layers that can be masked: ['d']. Received: ['x']"),
+    "distribution name": (lambda: kso.sparsify(dense_net(), 0.5, "ERK"), "`distribution` must be one of ['er', 'erk', 'uniform'] or a dict from rule to sparsity. Received: distribution='ERK'"),
+    "distribution layer": (lambda: kso.sparsify(dense_net(), None, {"x": 0.5}), "`distribution` must name weights that can be masked: ['net/d/kernel'], or their layers. Received: distribution='x'"),
     "distribution value": (lambda: kso.sparsify(dense_net(), None, {"d": 1.0}), "`distribution` must hold floats in [0, 1). Received: d=1.0"),
-    "exclude typo": (lambda: kso.sparsify(dense_net(), 0.5, exclude="dd"), "`exclude` must name layers that could be masked: ['d']. Received: exclude='dd'"),
-    "exclude kind": (lambda: kso.sparsify(dense_net(), 0.5, exclude=[3]), "`exclude` must hold names, patterns, layer classes or predicates. Received: exclude=[3]"),
-    "everything excluded": (lambda: kso.sparsify(dense_net(), 0.5, exclude="d"), "No layer is left to mask"),
-    "subclassed": (lambda: kso.sparsify(Subclassed(), 0.5), "Received: Subclassed, a subclassed model, whose layers cannot be exchanged from outside. Use the layers directly"),
-    "strip subclassed": (lambda: kso.strip(Subclassed()), "a subclassed model"),
+    "exclude typo": (lambda: kso.sparsify(dense_net(), 0.5, exclude="dd"), "`exclude` must name weights that can be masked: ['net/d/kernel'], or their layers. Received: exclude='dd'"),
+    "exclude kind": (lambda: kso.sparsify(dense_net(), 0.5, exclude=[3]), "`exclude` must hold names, patterns, layers, layer classes, predicates or variables. Received: exclude=3"),
+    "everything excluded": (lambda: kso.sparsify(dense_net(), 0.5, exclude="d"), "Nothing is left to mask"),
+    "subclassed, not built": (lambda: kso.sparsify(Subclassed(), 0.5), "`model` must be built: give a Sequential model an `Input`, call a subclassed one once on a batch"),
+    "strip what": (lambda: kso.strip("model"), "`model` must be a Keras model. Received: model='model'"),
+    "include typo": (lambda: kso.sparsify(dense_net(), 0.5, include="e*"), "`include` must name weights that can be masked"),
+    "include bias": (lambda: kso.sparsify(dense_net(), 0.5, include="net/d/bias"), "`include` must name weights that can be masked: ['net/d/kernel'], or their layers. Received: include='net/d/bias'"),
+    "correction typo": (lambda: kso.sparsify(dense_net(), 0.5, skew_correction="e"), "`skew_correction` must name weights that can be masked"),
+    "sparsify too late": (lambda: sparsify_late(), "`model` must be sparsified before its SparseOpt is built"),
+    "denser weights": (lambda: denser(), "is denser than its mask: 12 values are not 0, 6 are active"),
     "not a model": (lambda: kso.sparsify("resnet", 0.5), "`model` must be a Keras model. Received: model='resnet'"),
-    "unbuilt": (lambda: kso.sparsify(keras.Sequential([keras.layers.Dense(3)], name="s"), 0.5), "`model` must be built: give the Sequential model an `Input` or call it once. Received: 's'"),
+    "unbuilt": (lambda: kso.sparsify(keras.Sequential([keras.layers.Dense(3)], name="s"), 0.5), "Received: 's', not built: s, dense"),
     # optimizers
     "inner kind": (lambda: kso.SparseOpt(0.1), "`inner_optimizer` must be a Keras optimizer, its name or its config. Received: inner_optimizer=0.1"),
     "inner Adafactor": (lambda: kso.SparseOpt("adafactor"), "SparseOpt does not accept Adafactor as inner optimizer: its factored second moment"),
@@ -111,7 +146,7 @@ WRONG_CALLS = {
     "HAM beta": (lambda: kso.HAM("sgd", beta="x"), "`beta` must be ≥ 0. Received: beta='x'"),
     "correction flag": (lambda: kso.SparseOpt("sgd", skew_correction="yes"), "`skew_correction` must be a bool. Received: skew_correction='yes'"),
     "renormalize flag": (lambda: kso.SparseOpt("sgd", renormalize=None), "`renormalize` must be a bool. Received: renormalize=None"),
-    "rewire foreign": (lambda: kso.SparseOpt("sgd").rewire(built().kernel, M), "`kernel` must be a sparse kernel that this optimizer was built with"),
+    "rewire foreign": (lambda: kso.SparseOpt("sgd").rewire(built().kernel, M), "`variable` must be a sparse weight that this optimizer was built with"),
     "apply unbuilt": (lambda: kso.SparseOpt("sgd").apply([W]), "`apply` without `trainable_variables` needs a built optimizer"),
     # callbacks
     "update_every": (lambda: kso.RigL(update_every=0), "`update_every` must be an int ≥ 1. Received: update_every=0"),
@@ -125,7 +160,7 @@ WRONG_CALLS = {
     "gradient_steps": (lambda: kso.RigL(10, gradient_steps=11), "`gradient_steps` must be at most `update_every`. Received: gradient_steps=11, update_every=10"),
     "no SparseOpt": (lambda: fit("sgd", kso.RigL(1)), "The optimizer must be a SparseOpt: it moves masks, weights and slots together. Compile with optimizer=keras_sparseopt.SparseOpt(optimizer)"),
     "MultiOptimizer around": (lambda: fit(keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(kso.SparseOpt("sgd"))), kso.RigL(1)), "Received: optimizer=MultiOptimizer"),
-    "no sparse layer": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(1), keras.Sequential([keras.Input((12,)), keras.layers.Dense(3)], name="m")), "The model holds no sparse layer. Convert it with keras_sparseopt.sparsify(model, sparsity)"),
+    "no sparse layer": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(1), keras.Sequential([keras.Input((12,)), keras.layers.Dense(3)], name="m")), "The model holds no sparse weight. Convert it with keras_sparseopt.sparsify(model, sparsity)"),
     "steps_per_execution": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(3), steps_per_execution=2), "`update_every` must be a multiple of `steps_per_execution`, or updates would come late. Received: update_every=3, steps_per_execution=2"),
     "unknown length": (unknown_length, "`end_step` must be given when the number of steps per epoch is unknown. Received: end_step=None"),
     "schedule value": (lambda: fit(kso.SparseOpt("sgd"), kso.SET(1, keras.optimizers.schedules.ExponentialDecay(2.0, 1, 1.0))), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=2.0"),
@@ -135,14 +170,20 @@ WRONG_CALLS = {
     "HAM twice on one": (lambda: ham_twice(), "`inner_optimizer` must not be in another HAM already"),
     "too sparse for the layers": (lambda: kso.sparsify(dense_net(), 0.99), "`sparsity` must leave at least one active weight per kernel. Received: sparsity=0.99, 0 active weights for 1 kernels"),
     "exclude class": (lambda: kso.sparsify(dense_net(), 0.5, exclude=keras.layers.Conv2D), "Received: exclude=<class"),
-    "strip composite": (lambda: kso.strip(keras.Sequential([keras.Input((2, 3)), keras.layers.TimeDistributed(kso.SparseDense(2, name="i"))])), "`model` must hold its sparse layers as layers of its own, not inside of other layers, and none of a subclass. Received: 'i' (SparseDense)"),
+    "strip own class": (lambda: kso.strip(keras.Sequential([keras.Input((3,)), OwnSparse(2, name="i")])), "`model` must hold sparse layers of this package: a subclass of one has no plain counterpart. Received: 'i' (OwnSparse)"),
+    "strip moved": (lambda: strip_moved(), "Inactive weights are not 0: something other than SparseOpt has moved them"),
     "neuron_sparsity unbuilt": (lambda: kso.SparseDense(2).neuron_sparsity, "You must build the layer before accessing `neuron_sparsity`."),
     "begin unbuilt": (lambda: kso.SET(end_step=9).begin(kso.SparseOpt("sgd")), "`optimizer` must be built: call optimizer.build(model.trainable_variables)."),
     "check_replicas": (lambda: kso.RigL(check_replicas=1), "`check_replicas` must be a bool. Received: check_replicas=1"),
     "layers kind": (lambda: kso.RigL(layers="conv"), "`layers` must be a list of layer names or patterns, or None. Received: layers='conv'"),
-    "layers unknown": (lambda: fit(kso.SparseOpt("sgd"), kso.SET(1, layers=["convv"])), "`layers` must name sparse layers that are trained: ["),
+    "layers unknown": (lambda: fit(kso.SparseOpt("sgd"), kso.SET(1, layers=["convv"])), "`layers` must name sparse weights that are trained: ["),
     "GMP sparsity": (lambda: kso.GMP(1.0), "`final_sparsity` must be in [0, 1). Received: final_sparsity=1.0"),
     "GMP order": (lambda: kso.GMP(0.5, initial_sparsity=0.6), "`initial_sparsity` must be at most `final_sparsity`. Received: initial_sparsity=0.6, final_sparsity=0.5"),
+    "compiled": (lambda: kso.SET(compiled="yes"), "`compiled` must be a bool. Received: compiled='yes'"),
+    "optimizer name": (lambda: kso.SET(optimizer=3), "`optimizer` must be the name of an attribute of the model, or None. Received: optimizer=3"),
+    "steps of an epoch": (lambda: fit(kso.SparseOpt("sgd"), kso.RigL(2, end_step=9), n=20, epochs=2, steps_per_execution=2), "The steps of an epoch must be a multiple of `steps_per_execution`, or updates would come late. Received: 5 steps, steps_per_execution=2"),
+    "inner Muon subclass": (lambda: kso.SparseOpt(type("Mine", (keras.optimizers.Adafactor,), {})()), "SparseOpt does not accept Adafactor as inner optimizer"),
+    "several": (lambda: two_optimizers(), "The model has several SparseOpts: give each its own callback, with `optimizer=`. Received: "),
     "GMP scope": (lambda: kso.GMP(scope="model"), '`scope` must be "layer" or "global". Received: scope=\'model\''),
     "GraNet fraction": (lambda: kso.GraNet(drop_fraction=1), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=1"),
     "SNFS momentum": (lambda: kso.SNFS(momentum=0), "`momentum` must be in (0, 1). Received: momentum=0"),
@@ -165,7 +206,7 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("name", WRONG_CALLS)
-@pytest.mark.filterwarnings("ignore:SparseOpt found no sparse layer")
+@pytest.mark.filterwarnings("ignore:SparseOpt found no sparse weight")
 def test_wrong_call(name):
     call, message = WRONG_CALLS[name]
     with pytest.raises((ValueError, TypeError, NotImplementedError, AttributeError)) as error:

@@ -87,18 +87,18 @@ def test_one_step_with_exponent_and_decay(proxy, exponent, decay):
     )
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
-    optimizer.open_taps()
-    layer = kso.sparse_layers(model)[1]
-    mask, w = array(layer.kernel_mask), array(layer.kernel)
+    lease = optimizer.lease_gradients()
+    weight = kso.sparse_weights(model)[1]
+    mask, w = array(weight.topology.mask), array(weight)
     (images, labels), _ = proxy.made_up()
     model.train_on_batch(images[:128], labels[:128])
-    g = array(optimizer.dense_gradient(layer.kernel))  # with the regularizer's, if inside
+    g = array(lease.gradient(weight))  # with the regularizer's, if inside
     if exponent == 0.5:
         corrected = correct_oracle(g, mask, (3,))
     else:  # twice √ is the whole
         corrected = correct_oracle(correct_oracle(g, mask, (3,)), mask, (3,))
     decayed = 0.1 * w if decay == "outside" else 0.0
-    np.testing.assert_allclose(array(layer.kernel), w - 0.5 * (corrected + decayed), atol=1e-6)
+    np.testing.assert_allclose(array(weight), w - 0.5 * (corrected + decayed), atol=1e-6)
 
 
 def test_rescaling_preserves_the_function(proxy):
@@ -112,10 +112,10 @@ def test_rescaling_preserves_the_function(proxy):
         normalization.epsilon = 0.0  # the one thing that does not scale
     model(images[:64], training=True)
     before = array(model(images[:8]))
-    for layer in kso.sparse_layers(model):
-        optimizer.rewire(layer.kernel, array(layer.kernel_mask))
+    for weight in kso.sparse_weights(model):
+        optimizer.rewire(weight, array(weight.topology.mask))
     np.testing.assert_allclose(array(model(images[:8])), before, rtol=1e-3, atol=1e-4)
-    norms = np.sqrt((array(kso.sparse_layers(model)[1].kernel) ** 2).sum(axis=(0, 1, 2)))
+    norms = np.sqrt((array(kso.sparse_weights(model)[1]) ** 2).sum(axis=(0, 1, 2)))
     np.testing.assert_allclose(norms[norms > 0], norms[0], rtol=1e-5)
 
 
@@ -124,14 +124,12 @@ def test_sparse_initialization(proxy):
         proxy.make_model((16, 16, 3), proxy.full({"sparse_initialization": sparse, "seed": 0}))
         for sparse in (False, True)
     )
-    for one, two in zip(kso.sparse_layers(dense), kso.sparse_layers(sparse)):
-        assert (array(one.kernel_mask) == array(two.kernel_mask)).all()
-        fan_in = np.prod(one.kernel.shape[:-1])
-        expected = np.sqrt(2 / (fan_in * (1 - two.neuron_sparsity)).mean())
+    for one, two in zip(kso.sparse_weights(dense), kso.sparse_weights(sparse)):
+        assert (array(one.topology.mask) == array(two.topology.mask)).all()
+        fan_in = np.prod(one.shape[:-1])
+        expected = np.sqrt(2 / (fan_in * (1 - two.topology.neuron_sparsity)).mean())
         if "classifier" not in one.name:
-            assert array(two.kernel)[array(two.kernel_mask)].std() == pytest.approx(
-                expected, rel=0.2
-            )
+            assert array(two)[array(two.topology.mask)].std() == pytest.approx(expected, rel=0.2)
 
 
 def test_confidence_interval_by_hand(proxy):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import array, assert_invariants, compiled, data, masks_of
+from helpers import AfterEachStep, array, assert_invariants, compiled, data, masks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,30 +26,31 @@ def mlp(sparsity=0.7):
     )
 
 
-class Recorder(keras.callbacks.Callback):
+class Recorder(AfterEachStep):
     """Weights, masks and dense gradients after every step, before and after the update."""
 
-    def __init__(self):
+    def __init__(self, method):
         super().__init__()
+        self.method = method
         self.steps = []
 
-    def on_train_batch_end(self, batch, logs=None):
-        optimizer = self.model.optimizer
+    def see(self, logs):
+        lease = self.method._lease
         self.steps.append(
             [
                 (
-                    array(kernel),
-                    array(kernel.topology.mask),
-                    None if record.tap is None else array(optimizer.dense_gradient(kernel)),
+                    array(weight),
+                    array(weight.topology.mask),
+                    None if lease is None else array(lease.gradient(weight)),
                 )
-                for kernel, record in zip(optimizer.sparse_kernels, optimizer._kernels)
+                for weight in self.model.optimizer.sparse_weights
             ]
         )
 
 
 def train(method, model=None, epochs=2, optimizer=None):
     model = compiled(model or mlp(), optimizer or kso.SparseOpt(keras.optimizers.SGD(0.1)))
-    before, after = Recorder(), Recorder()
+    before, after = Recorder(method), Recorder(method)
     x, y = data()
     history = model.fit(
         x, y, batch_size=4, epochs=epochs, shuffle=False, verbose=0,
@@ -143,32 +144,27 @@ def test_snfs_grows_by_the_moving_average_of_all_gradients():
     x, y = data()
     gradients = []
     model = compiled(mlp(), plain)
-    kernels = [layer.kernel for layer in kso.sparse_layers(model)]
+    rigl = kso.RigL(100, end_step=1000)
 
-    class Gradient(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            optimizer = self.model.optimizer
-            gradients.append([array(optimizer.dense_gradient(k)) for k in kernels])
+    class Gradient(AfterEachStep):
+        def see(self, logs):
+            weights = kso.sparse_weights(self.model)
+            gradients.append([array(rigl._lease.gradient(weight)) for weight in weights])
 
-    model.fit(
-        x, y, batch_size=4, shuffle=False, verbose=0,
-        callbacks=[kso.RigL(100, end_step=1000), Gradient()],
-    )  # fmt: skip
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[rigl, Gradient()])
+    kernels = kso.sparse_weights(model)
     momentum, average = 0.7, [np.zeros(k.shape) for k in kernels]
     for step in gradients:
         average = [momentum * a + (1 - momentum) * g for a, g in zip(average, step)]
     model = compiled(mlp(), kso.SparseOpt(keras.optimizers.SGD(0.0)))
-    kernels = [layer.kernel for layer in kso.sparse_layers(model)]
-    kept = []
+    snfs, kept = kso.SNFS(100, end_step=1000, momentum=momentum), []
 
-    class Average(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            kept[:] = [array(self.model.optimizer.dense_gradient(k)) for k in kernels]
+    class Average(AfterEachStep):
+        def see(self, logs):
+            weights = kso.sparse_weights(self.model)
+            kept[:] = [array(snfs._lease.gradient(weight)) for weight in weights]
 
-    model.fit(
-        x, y, batch_size=4, shuffle=False, verbose=0,
-        callbacks=[kso.SNFS(100, end_step=1000, momentum=momentum), Average()],
-    )  # fmt: skip
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[snfs, Average()])
     for a, b in zip(kept, average):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
@@ -186,11 +182,26 @@ def test_snfs_update_by_hand():
             assert positions(new) == kept | top(score, replaced)
 
 
-def test_methods_that_average_differently_are_refused_together():
-    model = compiled(mlp(), kso.SparseOpt("sgd"))
-    x, y = data()
-    with pytest.raises(ValueError, match="averaged in another way"):
-        model.fit(x, y, verbose=0, callbacks=[kso.SNFS(2), kso.RigL(2)])
+def test_methods_that_average_differently_keep_their_own_gradients():
+    """SNFS's average, RigL's last gradient and its mean of two, and GradientFlow, in one fit."""
+
+    def run(together):
+        half = keras.optimizers.schedules.ExponentialDecay(0.5, 1, 1.0)
+        snfs = kso.SNFS(4, half, end_step=5, layers=["hidden"])
+        rigl = kso.RigL(4, half, end_step=5, layers=["second"], gradient_steps=2)
+        flow = kso.GradientFlow(4)
+        callbacks = [flow, snfs, rigl] if together else [snfs]
+        keras.utils.set_random_seed(1)
+        model = compiled(mlp(), kso.SparseOpt(keras.optimizers.SGD(0.0)))
+        x, y = data()
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+        assert not model.optimizer.kept_gradients
+        return masks_of(model), flow
+
+    (alone, _), (together, flow) = run(False), run(True)
+    assert np.array_equal(alone[0], together[0])
+    assert not np.array_equal(alone[1], together[1]) and np.array_equal(alone[2], together[2])
+    assert [entry["step"] for entry in flow.history] == [4, 8, 12, 16]
 
 
 # ---------------------------------------------------------------------- SRigL
@@ -202,12 +213,12 @@ def test_srigl_by_hand():
     mask = np.array([[1, 1, 0], [1, 0, 1], [1, 0, 0], [0, 1, 0]], bool)
     scores = np.array([[0, 0, 0], [0, 6, 0], [0, 3, 0], [5, 0, 1]], "float32")
     # n_active 6, one replaced: keep 9, 8, 7, 2, 1; salient also (1, 1) by score: 3, 3, 0.
-    # min_salient 0.5 of fan-in 2 → 1: the last neuron goes; fan-in = 6 // 2 = 3.
-    new = masks.constant_fan_in(weights, mask, scores, 1, 6, (1,), 0.5)
+    # One is needed: the last neuron goes; fan-in = 6 // 2 = 3.
+    new = masks.constant_fan_in(weights, mask, scores, 1, 6, (1,), 1)
     expected = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]], bool)
     assert np.array_equal(new, expected)
     # Without ablation the fan-in is 2: of the first neuron's three only the two largest stay.
-    new = masks.constant_fan_in(weights, mask, scores, 1, 6, (1,), 0.0)
+    new = masks.constant_fan_in(weights, mask, scores, 1, 6, (1,), 0)
     expected = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 1, 1]], bool)
     assert np.array_equal(new, expected)
 
@@ -225,8 +236,8 @@ def test_srigl_invariants(data, seed):
     active = int(mask.sum())
     num_update = data.draw(st.integers(0, active))
     budget = data.draw(st.integers(1, mask.size))
-    salient = data.draw(st.floats(0, 0.99))
-    new = masks.constant_fan_in(weights, mask, scores, num_update, budget, axes, salient)
+    needed = data.draw(st.integers(0, 5))
+    new = masks.constant_fan_in(weights, mask, scores, num_update, budget, axes, needed)
     fan_in = new.sum(axis=masks.fan_in_axes(len(shape), axes)).ravel()
     remaining = fan_in[fan_in > 0]
     assert new.shape == mask.shape and len(set(remaining.tolist())) == 1

@@ -34,7 +34,7 @@ def test_notebook(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.get("text", "") for output in outputs)
-    assert "masked layers" in text and "Epoch 2/2" in text and "test accuracy" in text
+    assert "masked weights" in text and "Epoch 2/2" in text and "test accuracy" in text
     if keras.backend.backend() == "jax":
         assert "2 × " in text
     (picture,) = (o.data["image/png"] for o in outputs if "image/png" in o.get("data", {}))

@@ -9,7 +9,7 @@ import subprocess
 import keras
 import numpy as np
 import pytest
-from helpers import array, compiled, data, mlp, subclassed
+from helpers import AfterEachStep, array, compiled, data, mlp, subclassed
 
 import keras_sparseopt as kso
 
@@ -57,7 +57,7 @@ def test_report_of_a_folder(run, tmp_path):
     facts = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", text))
     sizes, active = (
         12 * 16 + 16 * 3,
-        sum(array(m.kernel_mask).sum() for m in kso.sparse_layers(model)),
+        sum(weight.topology.num_active() for weight in kso.sparse_weights(model)),
     )
     assert facts["active weights"] == f"{active} of {sizes}"
     assert facts["trainable parameters of the model"] == str(sizes + 2 * 16 + 3)
@@ -187,7 +187,7 @@ def test_report_errors(run, tmp_path):
     plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     for arguments, error, message in (
         ((history, "model"), TypeError, "`model` must be a Keras model"),
-        ((history, plain), ValueError, "`model` must hold sparse layers"),
+        ((history, plain), ValueError, "`model` must hold sparse weights"),
         ((3, model), TypeError, "`history` must be what `fit` returned"),
         ((tmp_path, model), ValueError, "holds a .csv file of CSVLogger"),
         ((history, keras.Sequential([kso.SparseDense(2)])), ValueError, "`model` must be built"),
@@ -211,7 +211,7 @@ def test_gradient_flow_writes_what_it_measures(run):
     events.Reload()
     tags = set(events.Tags()["tensors"])
     assert "itop_rate" in tags
-    names = [layer.name for layer in kso.sparse_layers(model)]
+    names = [weight.topology.name for weight in kso.sparse_weights(model)]
     for name in ("skew_angle", "skew_jump", "effective_gradient_flow", "gradient_flow"):
         values = [float(array(np.frombuffer(e.tensor_proto.tensor_content or
                   np.float32(e.tensor_proto.float_val[0]).tobytes(), "float32"))[0])
@@ -303,11 +303,11 @@ def test_jumps_are_what_the_update_did(run):
     assert second["skew_jump"] == pytest.approx(abs(hidden["angle_jump"]))
     masks, gradients = [], []
 
-    class Look(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            kernel = self.model.optimizer.sparse_kernels[0]
-            masks.append(array(kernel.topology.mask))
-            gradients.append(array(self.model.optimizer.dense_gradient(kernel)))
+    class Look(AfterEachStep):
+        def see(self, logs):
+            weight = kso.sparse_weights(self.model)[0]
+            masks.append(array(weight.topology.mask))
+            gradients.append(array(flow._lease.gradient(weight)))
 
     x, y = data(64)
     flow = kso.GradientFlow(1)

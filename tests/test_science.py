@@ -79,12 +79,13 @@ def test_same_capacity(family):
 
     build = cc.family_of({**cc.DEFAULTS, "family": family}, (16, 16, 3))
     dense, sparse = cc.same_capacity(build, *cc.WIDTHS[family], seed=3)
-    pairs = list(zip(kso.sparse_layers(dense), kso.sparse_layers(sparse), strict=True))
+    pairs = list(zip(kso.sparse_weights(dense), kso.sparse_weights(sparse), strict=True))
     assert len(pairs) == {"mlp": 4, "resnet": 10}[family]
     for one, other in pairs:
-        assert one.sparsity == 0 and (other.sparsity > 0.7 or other.name == "stem")
-        mask, values = array(other.kernel_mask), array(other.kernel)
-        np.testing.assert_array_equal(np.sort(values[mask]), np.sort(array(one.kernel).ravel()))
+        assert one.topology.sparsity == 0
+        assert other.topology.sparsity > 0.7 or other.topology.name == "stem"
+        mask, values = array(other.topology.mask), array(other)
+        np.testing.assert_array_equal(np.sort(values[mask]), np.sort(array(one).ravel()))
         assert not values[~mask].any()
 
 
@@ -96,7 +97,7 @@ def test_pruning_ends_at_the_narrow_networks_size():
     build = cc.family_of({**cc.DEFAULTS, "family": "resnet"}, images.shape[1:])
     narrow, _ = cc.same_capacity(build, *cc.WIDTHS["resnet"], seed=0)
     assert result["active_weights"] == [
-        int(np.prod(x.kernel.shape)) for x in kso.sparse_layers(narrow)
+        int(np.prod(weight.shape)) for weight in kso.sparse_weights(narrow)
     ]
 
 
@@ -156,12 +157,10 @@ def test_probe_equals_a_training_step_and_changes_nothing():
     for old, new in zip(before, model.variables):
         np.testing.assert_array_equal(old, array(new))
     model.optimizer.build(model.trainable_variables)
-    model.optimizer.open_taps()
+    lease = model.optimizer.lease_gradients()
     assert model.train_on_batch(images, labels) == pytest.approx(loss, rel=1e-5)
-    for kernel, gradient in zip(model.optimizer.sparse_kernels, gradients):
-        np.testing.assert_allclose(
-            array(model.optimizer.dense_gradient(kernel)), gradient, atol=1e-5
-        )
+    for weight, gradient in zip(model.optimizer.sparse_weights, gradients):
+        np.testing.assert_allclose(array(lease.gradient(weight)), gradient, atol=1e-5)
 
 
 def test_turning_exponent_of_known_turns():
@@ -184,7 +183,7 @@ def test_turning_exponent_of_known_turns():
                 0.001 * np.array([2, 4, 8, 16]) ** -0.5 * np.linalg.norm(weights[0, 0], axis=0)
             )
         layer.kernel.assign(weights)
-        turning.on_train_batch_end(step)
+        turning.after_step()
     (window,) = turning.windows
     assert window["step"] == 35 and window["exponent"] == pytest.approx(-0.5, abs=0.05)
 

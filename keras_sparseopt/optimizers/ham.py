@@ -53,10 +53,16 @@ class HAM(WrapperOptimizer):
         arXiv 2506.02630.
     """
 
-    refused = WrapperOptimizer.refused | {
-        "SparseOpt": "HAM must see the masked gradient; write SparseOpt(HAM(optimizer))",
-        "HAM": "the hyperbolic step would be applied twice",
-    }
+    @classmethod
+    def reasons_to_refuse(cls):
+        # Imported here: SparseOpt is a wrapper, too.
+        from keras_sparseopt.optimizers.sparse_opt import SparseOpt
+
+        return {
+            **super().reasons_to_refuse(),
+            SparseOpt: "HAM must see the masked gradient; write SparseOpt(HAM(optimizer))",
+            HAM: "the hyperbolic step would be applied twice",
+        }
 
     def __init__(self, inner_optimizer, alpha=200.0, beta=1e-3, name=None):
         for argument, value in (("alpha", alpha), ("beta", beta)):

@@ -4,14 +4,25 @@ import contextlib
 import dataclasses
 import math
 import warnings
+import weakref
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import masks
-from keras_sparseopt.devices import check_optimizer, check_strategy, strategy_scope
-from keras_sparseopt.optimizers.wrapper import WrapperOptimizer, init_scope
+from keras_sparseopt import keras_internals, masks
+from keras_sparseopt.backend import (
+    IS_TENSORFLOW,
+    Tap,
+    are_on_host,
+    compiled,
+    host,
+    init_scope,
+    summed_over_replicas,
+)
+from keras_sparseopt.devices import check_optimizer, check_strategy
+from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
+from keras_sparseopt.topology import attach, own_constraint, topology_of
 
 # What a dense gradient is before any step has written it.
 UNWRITTEN = -math.inf
@@ -24,75 +35,38 @@ def sparse_opt_of(optimizer):
     return optimizer
 
 
-class _Kernel:
-    """One sparse kernel as its optimizer sees it."""
+class Weight:
+    """One sparse weight as its optimizer sees it.
 
-    def __init__(self, variable, slots, explored):
+    Attributes:
+        variable, topology: The Keras variable, and what hangs on it.
+        index: Int, its position among the optimizer's sparse weights.
+        slots: List of the optimizer's variables of the weight's shape.
+        explored: int32 variable, one bit per weight that was ever active.
+        scale: Float variable, the correction of every neuron; `None` where there is none.
+        mask: The variable that the training step reads: `topology.mask`, or on JAX the optimizer's
+            own copy of the mask of a layer sparse by construction.
+    """
+
+    def __init__(self, variable, index, slots, explored, scale, mask):
         self.variable = variable
         self.topology = variable.topology
+        self.index = index
         self.slots = slots
         self.explored = explored
-        self.tap = None
-        # JAX's stateless step sees optimizer variables, not the layer's mask.
-        self.mask_copy = None
-        if keras.backend.backend() == "jax":
-            self.mask_copy = keras.Variable(
-                ops.convert_to_numpy(self.topology.mask),
-                dtype="bool",
-                trainable=False,
-                layout=variable._layout,
-            )
+        self.scale = scale
+        self.mask = mask
 
     @property
-    def mask(self):
-        source = self.topology.mask if self.mask_copy is None else self.mask_copy
-        return ops.convert_to_tensor(source)
-
-    def is_initialized(self):
-        """`False` while TensorFlow traces the step that will create the layer's variables."""
-        if keras.backend.backend() != "tensorflow":
-            return True
-        return bool(self.topology.mask.value.is_initialized())
-
-    def set_topology(self, mask, initial):
-        """Mask, weights and slots move together.
-
-        Args:
-            mask: NumPy bool array.
-            initial: Bool, whether no step was taken yet: masks before do not count as explored.
-        """
-        survives = ops.convert_to_tensor(mask & masks.host(self.topology.mask))
-        for variable in (self.variable, *self.slots):
-            variable.assign(masks.masked(ops.convert_to_tensor(variable), survives))
-        # Copied: JAX may use NumPy's memory as it is, and cannot donate a buffer twice.
-        self.topology.mask.assign(mask.copy())
-        if self.mask_copy is not None:
-            self.mask_copy.assign(mask.copy())
-        explored = _packed_bits(mask)
-        self.explored.assign(explored if initial else masks.host(self.explored) | explored)
-
-
-def _summed_over_replicas(gradient):
-    """The gradient of the global batch: Keras scales the loss by 1/replicas."""
-    if keras.backend.backend() != "tensorflow":
-        return gradient  # JAX's step is written for the global batch
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return gradient
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, gradient)
-
-
-def _packed_bits(mask):
-    """One bit per weight, as int32."""
-    bits = np.packbits(mask)
-    return np.pad(bits, (0, -bits.size % 4)).view("int32")
+    def variables(self):
+        """All that moves in a mask update."""
+        scale = [] if self.scale is None else [self.scale]
+        return [self.variable, *self.slots, self.topology.mask, self.mask, self.explored, *scale]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Averaging:
-    """How the kept dense gradients are averaged over micro-batches."""
+class Averaging:
+    """How dense gradients are kept: the last one, or averaged over micro-batches."""
 
     window: int = 1
     interval: int = 1
@@ -100,30 +74,75 @@ class _Averaging:
 
     @property
     def carries(self):
-        """Whether the kept gradients hold more than the last step's."""
+        """Whether more is kept than the last step's."""
         return self.window > 1 or self.momentum is not None
 
 
-class _Kernels:
-    """Hides the records from Keras' and TensorFlow's attribute tracking."""
+class Lease:
+    """Somebody's right to the dense gradients; `SparseOpt` keeps them while one is alive.
+
+    Users with the same averaging share the memory. A lease ends with `release`, or when its owner
+    is gone (an interrupted `fit`).
+    """
+
+    def __init__(self, optimizer, averaging):
+        self._optimizer = optimizer
+        self.averaging = averaging
+        self._end = weakref.finalize(self, _give_back, weakref.ref(optimizer), averaging)
+
+    @property
+    def is_open(self):
+        return self._end.alive
+
+    def gradient(self, variable):
+        """The dense gradient kept for one sparse weight, all-reduced over replicas.
+
+        Args:
+            variable: Keras variable, one of the optimizer's `sparse_weights`.
+
+        Returns:
+            Tensor of the weight's shape, neither masked nor corrected; −inf throughout if no
+            step has written it.
+        """
+        weight = self._optimizer.weight_of(variable)
+        return self._optimizer._sparse.taps[self.averaging][weight.index].read()
+
+    def release(self):
+        """Give the gradients back; a second time does nothing."""
+        self._end()
+
+
+def _give_back(optimizer, averaging):
+    optimizer = optimizer()
+    if optimizer is not None:
+        optimizer._return_lease(averaging)
+
+
+class _Sparse:
+    """What Keras' and TensorFlow's attribute tracking must not see."""
 
     def __init__(self):
-        self.by_index: dict[int, _Kernel] = {}
-        self.averaging = _Averaging()
+        self.weights: dict[int, Weight] = {}
+        self.taps: dict[Averaging, list[Tap]] = {}
+        self.leases: dict[Averaging, int] = {}
+        self.copies: list = []
+        self.saved_topologies: list = []
+        self.programs: dict = {}
 
-    def __iter__(self):
-        return iter(self.by_index.values())
+    @property
+    def open_taps(self):
+        return {a: self.taps[a] for a, count in self.leases.items() if count}
 
 
 @keras.saving.register_keras_serializable(package="keras_sparseopt")
 class SparseOpt(WrapperOptimizer):
-    """SparseOpt: trains sparse layers with any Keras optimizer, without gradient skew.
+    """SparseOpt: trains sparse weights with any Keras optimizer, without gradient skew.
 
-    For every kernel that carries a mask (see `SparseDense`, `sparsify`):
+    For every weight that carries a mask (see `sparsify`, `SparseDense`):
 
     ```
     s_i   = 1 − nnz(mask of neuron i) / fan_in
-    s_avg = mean of s_i over the layer's neurons
+    s_avg = mean of s_i over the weight's neurons
     g'    = g · mask · √(1 − s_i) / √(1 − s_avg)
     w     ← inner_optimizer(w, g')
     ```
@@ -137,16 +156,21 @@ class SparseOpt(WrapperOptimizer):
     Adam-like inner optimizers divide most of a constant per-neuron scale back out, so the
     correction acts on them mainly through its changes at mask updates.
 
-    Inactive weights, and all their optimizer slots, are exactly 0 after every step.
+    Inactive weights, and all their optimizer slots, are exactly 0 after every step. Masks that
+    `sparsify` attached are variables of the optimizer and saved with it: plain
+    `keras.models.load_model` brings them back.
 
     Args:
-        inner_optimizer: Keras optimizer, its name or its config. Refused by name: Adafactor,
-            Ftrl, MultiOptimizer and LossScaleOptimizer (which goes outside).
+        inner_optimizer: Keras optimizer, its name or its config. Refused: Adafactor,
+            Ftrl, MultiOptimizer and LossScaleOptimizer (which goes outside), and what derives from
+            them.
         skew_correction: Bool, defaults to `True`. `False` masks only: the honest baseline.
-            A layer built with `skew_correction=False` is never corrected.
+            A weight whose topology says `skew_correction=False` is never corrected.
         renormalize: Bool, defaults to `False`. `True` rescales each corrected gradient to the
             norm that the masked one had, which isolates the change of direction.
         name: String or `None`.
+        topologies: What `get_config` writes of the masks that `sparsify` attached: list of dicts,
+            or `None` (default). Not for you: `keras.models.load_model` needs it.
 
     Raises:
         ValueError: For an argument of the wrong kind or a refused inner optimizer.
@@ -160,12 +184,12 @@ class SparseOpt(WrapperOptimizer):
 
     model = keras.Sequential([
         keras.Input((20,)),
-        kso.SparseDense(32, sparsity=0.9, use_bias=False),
+        keras.layers.Dense(32, use_bias=False),
         keras.layers.BatchNormalization(),
         keras.layers.Dense(1),
     ])
-    optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9))
-    model.compile(optimizer=optimizer, loss="mse")
+    kso.sparsify(model, 0.8)
+    model.compile(optimizer=kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9)), loss="mse")
     model.fit(np.ones((8, 20)), np.ones((8, 1)), verbose=0)
     ```
 
@@ -173,14 +197,11 @@ class SparseOpt(WrapperOptimizer):
         Adnan et al., "SparseOpt", ICML 2026, arXiv 2605.27541.
     """
 
-    refused = WrapperOptimizer.refused | {
-        "SparseOpt": "the correction would be applied twice",
-        "Adafactor": "its factored second moment mixes active and inactive weights "
-        "(rows without active weights divide 0 by 0)",
-        "Ftrl": "it divides by an accumulator that is 0 at inactive weights; use Adagrad instead",
-    }
+    holds_masks = True
 
-    def __init__(self, inner_optimizer, skew_correction=True, renormalize=False, name=None):
+    def __init__(
+        self, inner_optimizer, skew_correction=True, renormalize=False, name=None, topologies=None
+    ):
         for argument, value in (
             ("skew_correction", skew_correction),
             ("renormalize", renormalize),
@@ -191,65 +212,92 @@ class SparseOpt(WrapperOptimizer):
         check_strategy(self)
         self.skew_correction = skew_correction
         self.renormalize = renormalize
-        self._kernels = _Kernels()
+        self._sparse = _Sparse()
+        # From a file: what hung on which variable.
+        self._sparse.saved_topologies = list(topologies or ())
+
+    @classmethod
+    def reasons_to_refuse(cls):
+        return {
+            **super().reasons_to_refuse(),
+            SparseOpt: "the correction would be applied twice",
+            keras.optimizers.Adafactor: "its factored second moment mixes active and inactive "
+            "weights (rows without active weights divide 0 by 0)",
+            keras.optimizers.Ftrl: "it divides by an accumulator that is 0 at inactive weights; "
+            "use Adagrad instead",
+        }
+
+    # ------------------------------------------------------------------ building
 
     def build(self, variables):
         if self.built:
             return
         check_optimizer(self)
         with init_scope():
-            with self._recorded_slots() as slots:
+            self._attach_saved(variables)
+            base = self.base_optimizer()
+            with keras_internals.slots_recorded(base) as slots:
                 super().build(variables)
+            sparse = [i for i, v in enumerate(variables) if topology_of(v) is not None]
             # The share of active weights that the last mask update made new. Kept here, so
             # that a resumed training logs what the uninterrupted one would have.
             self.mask_change = self.add_variable((), dtype="float32", name="mask_change")
-            for index, variable in enumerate(variables):
-                if getattr(variable, "topology", None) is not None:
-                    self._adopt(index, variable, slots.get(self._var_key(variable), []))
+            # The active weights that each mask was given: what SRigL may use up.
+            self.budgets = self.add_variable((len(sparse),), dtype="int32", name="budgets")
+            for position, index in enumerate(sparse):
+                own_slots = keras_internals.slots_of(slots, base, variables[index])
+                self._adopt(index, position, variables[index], own_slots)
             self._check_slots(slots)
-            if all(kernel.is_initialized() for kernel in self._kernels):
-                self.sync()
-        if not self._kernels.by_index:
+            if all(_is_initialized(weight) for weight in self.weights):
+                self._take_masks(explores=True)
+                self.budgets.assign(np.array([w.topology.num_active() for w in self.weights]))
+        if not sparse:
             warnings.warn(
-                "SparseOpt found no sparse layer among the trainable variables and acts as "
+                "SparseOpt found no sparse weight among the trainable variables and acts as "
                 "the inner optimizer alone. Convert the model with "
-                "`keras_sparseopt.sparsify(model, sparsity)` or use its layers.",
+                "`keras_sparseopt.sparsify(model, sparsity)` before, or use its layers.",
                 stacklevel=2,
             )
 
-    @contextlib.contextmanager
-    def _recorded_slots(self):
-        """Which slots belong to which variable, recorded while the base optimizer makes them."""
-        base = self.base_optimizer()
-        slots: dict = {}
-        original = base.add_variable_from_reference
+    def _attach_saved(self, variables):
+        for saved in self._sparse.saved_topologies:
+            saved = dict(saved)
+            variable = variables[saved.pop("index")]
+            if topology_of(variable) is None:
+                attach(variable, np.ones(variable.shape, bool), **saved)
 
-        def record(reference_variable, *args, **kwargs):
-            slot = original(reference_variable, *args, **kwargs)
-            slots.setdefault(self._var_key(reference_variable), []).append(slot)
-            return slot
-
-        # Through `__dict__`: Keras tracks attributes that are set the usual way.
-        base.__dict__["add_variable_from_reference"] = record
-        try:
-            yield slots
-        finally:
-            del base.__dict__["add_variable_from_reference"]
-
-    def _adopt(self, index, variable, slots):
-        size = math.prod(variable.shape)
+    def _adopt(self, index, position, variable, slots):
+        topology, name = variable.topology, variable.path.replace("/", "_")
+        mask = topology.mask
+        if topology.is_attached:
+            keras_internals.track(self, mask)
+        elif not IS_TENSORFLOW:
+            # JAX's stateless step sees optimizer variables, not the layer's mask.
+            mask = keras.Variable(
+                np.array(host(mask)), dtype="bool", trainable=False,
+                layout=keras_internals.layout(variable),
+            )  # fmt: skip
+            self._sparse.copies.append(mask)
         explored = self.add_variable(
-            shape=(-(-size // 32),),
+            shape=(-(-math.prod(variable.shape) // 32),),
             dtype="int32",  # several TensorFlow workers cannot share a uint8
-            name=f"{variable.path.replace('/', '_')}_explored",
+            name=f"{name}_explored",
         )
+        scale = None
+        if self.skew_correction and topology.skew_correction:
+            shape = tuple(
+                size if axis in topology.neuron_axes else 1
+                for axis, size in enumerate(variable.shape)
+            )
+            scale = self.add_variable(shape, "ones", dtype="float32", name=f"{name}_correction")
         slots = [slot for slot in slots if tuple(slot.shape) == tuple(variable.shape)]
-        self._kernels.by_index[index] = _Kernel(variable, slots, explored)
-        variable.topology.optimizer = self
+        weight = Weight(variable, position, slots, explored, scale, mask)
+        self._sparse.weights[index] = weight
+        topology.join(self)
 
     def _check_slots(self, slots):
         followed = {id(slot) for group in slots.values() for slot in group}
-        shapes = {tuple(kernel.variable.shape) for kernel in self._kernels}
+        shapes = {tuple(weight.variable.shape) for weight in self.weights}
         for variable in self.base_optimizer().variables:
             if tuple(variable.shape) in shapes and id(variable) not in followed:
                 raise ValueError(
@@ -261,30 +309,39 @@ class SparseOpt(WrapperOptimizer):
     # ------------------------------------------------------------------ one training step
 
     def _apply(self, grads, variables):
-        kernels = [self._find(variable) for variable in variables]
+        weights = [self._find(variable) for variable in variables]
         grads = [
-            grad if kernel is None or grad is None else self._tap_and_correct(grad, kernel)
-            for grad, kernel in zip(grads, kernels)
+            grad if weight is None or grad is None else self._keep_and_correct(grad, weight)
+            for grad, weight in zip(grads, weights)
         ]
-        super()._apply(grads, variables)
-        for kernel in kernels:
-            if kernel is not None and self._moves_inactive_weights(kernel):
-                variable = kernel.variable
-                self.assign(variable, masks.masked(ops.convert_to_tensor(variable), kernel.mask))
+        with contextlib.ExitStack() as stack:
+            for weight in weights:
+                if weight is not None:
+                    stack.enter_context(weight.topology.quiet())
+                    stack.enter_context(_without_keeping_zeros(weight.variable))
+            super()._apply(grads, variables)
+            for weight in weights:
+                if weight is not None and self._moves_inactive_weights(weight):
+                    value = ops.convert_to_tensor(weight.variable)
+                    mask = ops.convert_to_tensor(weight.mask)
+                    self.assign(weight.variable, masks.masked(value, mask))
 
     def _find(self, variable):
-        index = self._trainable_variables_indices.get(self._var_key(variable))
-        return self._kernels.by_index.get(index)
+        return self._sparse.weights.get(keras_internals.variable_index(self, variable))
 
-    def _tap_and_correct(self, grad, kernel):
-        if kernel.tap is not None:
-            self._tap(grad, kernel)
-        mask = kernel.mask
-        if not (self.skew_correction and kernel.topology.skew_correction):
+    def _keep_and_correct(self, grad, weight):
+        for averaging, taps in self._sparse.open_taps.items():
+            tap = taps[weight.index]
+            self._keep(grad, tap, averaging)
+            if averaging == Averaging() and self.loss_scale_factor is None:
+                # So that the gradient is not held twice.
+                grad = ops.cast(tap.read(), grad.dtype) if IS_TENSORFLOW else grad
+        mask = ops.convert_to_tensor(weight.mask)
+        if weight.scale is None:
             return masks.masked(grad, mask)
-        scale = self.correction(mask, kernel.topology.neuron_axes)
+        scale = ops.convert_to_tensor(weight.scale)
         if self.renormalize:
-            active = _summed_over_replicas(ops.cast(masks.masked(grad, mask), "float32"))
+            active = summed_over_replicas(ops.cast(masks.masked(grad, mask), "float32"))
             before, after = (ops.sum(ops.square(g)) for g in (active, active * scale))
             scale = scale * ops.sqrt(before / ops.where(after > 0, after, 1.0))
         return masks.masked(grad * ops.cast(scale, grad.dtype), mask)
@@ -292,74 +349,241 @@ class SparseOpt(WrapperOptimizer):
     def correction(self, mask, neuron_axes):
         """The factor of every neuron's gradient: what a variant of the method overrides.
 
+        It is computed when a mask changes, and kept.
+
         Args:
-            mask: Bool tensor of the kernel's shape.
-            neuron_axes: Tuple of ints, the kernel axes that index neurons.
+            mask: Bool array of the weight's shape.
+            neuron_axes: Tuple of ints, the axes that index neurons.
 
         Returns:
-            Float32 tensor that broadcasts over the kernel.
+            Float32 tensor that broadcasts over the weight: of size 1 along all other axes.
         """
         return masks.correction(mask, neuron_axes)
 
-    def _moves_inactive_weights(self, kernel):
+    def _moves_inactive_weights(self, weight):
         # Muon orthogonalises the whole matrix; a constraint may return anything.
-        return (
-            kernel.variable.constraint is not None or type(self.base_optimizer()).__name__ == "Muon"
-        )
+        has_constraint = own_constraint(weight.variable) is not None
+        return has_constraint or isinstance(self.base_optimizer(), keras.optimizers.Muon)
 
     # ------------------------------------------------------------------ topology
 
     @property
-    def sparse_kernels(self):
-        """The sparse kernels (Keras variables) that this optimizer trains, in order.
+    def weights(self):
+        """The `Weight`s that this optimizer was built with, in order."""
+        return list(self._sparse.weights.values())
 
-        Without those of layers that were frozen since it was built.
+    @property
+    def sparse_weights(self):
+        """The sparse weights (Keras variables) that this optimizer trains, in order.
+
+        Without those that were frozen since it was built.
         """
-        return [kernel.variable for kernel in self._kernels if kernel.variable.trainable]
+        return [weight.variable for weight in self.weights if weight.variable.trainable]
 
-    def rewire(self, kernel, new_mask):
-        """Change one kernel's topology: mask, weights and slots together.
+    def weight_of(self, variable):
+        """The `Weight` of a variable.
+
+        Raises:
+            ValueError: If it is not a sparse weight that this optimizer was built with.
+        """
+        weight = self._find(variable) if self.built else None
+        if weight is None:
+            raise ValueError(
+                "`variable` must be a sparse weight that this optimizer was built with. "
+                f"Received: variable={getattr(variable, 'path', variable)}"
+            )
+        return weight
+
+    def rewire(self, variable, new_mask, keeps_budget=False):
+        """Change one weight's topology: mask, weight and slots together.
 
         Connections in both masks keep weight and slots. New ones start with weight 0 and
         slots 0; dropped ones become 0, slots included.
 
         Args:
-            kernel: Keras variable, one of `sparse_kernels` (a layer's `kernel`).
-            new_mask: Bool array of the kernel's shape.
+            variable: Keras variable, one of `sparse_weights`.
+            new_mask: Bool array of its shape.
+            keeps_budget: Bool, defaults to `False`. `True` remembers the number of active weights
+                that the mask had been given before (`SRigL` leaves some of them unused).
 
         Raises:
-            ValueError: If the kernel is not trained by this optimizer, or the mask does not
+            ValueError: If the weight is not trained by this optimizer, or the mask does not
                 fit. Nothing has changed then.
         """
-        record = self._find(kernel) if self.built else None
-        if record is None:
-            raise ValueError(
-                "`kernel` must be a sparse kernel that this optimizer was built with. "
-                f"Received: kernel={getattr(kernel, 'path', kernel)}"
-            )
-        mask = masks.check_mask(new_mask, record.variable.shape)
-        record.set_topology(mask, initial=self._has_not_stepped())
+        weight = self.weight_of(variable)
+        mask = masks.check_mask(new_mask, variable.shape)
+        weight.topology.change(mask)
+        if not keeps_budget:
+            self.set_budget(weight.topology)
 
-    def sync(self, kernel=None):
-        """Take over masks that were changed from outside, such as by `set_weights`.
-
-        Zeroes what the present masks make inactive, in weights and slots. Loading a file,
-        `set_mask` and the callbacks do this by themselves.
+    def follow(self, topology, explores=True):
+        """A mask has changed: slots, correction and what was explored follow.
 
         Args:
-            kernel: One sparse kernel, or `None` (default) for all.
+            topology: `Topology` of one of the optimizer's weights.
+            explores: Bool; `False` where what was explored comes from a file, too.
         """
-        for record in self._kernels if kernel is None else [self._find(kernel)]:
-            record.set_topology(masks.host(record.topology.mask), self._has_not_stepped())
+        weight = self.weight_of(topology.variable)
+        follow = self._follower(topology.neuron_axes, weight.scale is not None)
+        mask = ops.convert_to_tensor(topology.mask)
+        if are_on_host([topology.mask]):
+            mask = host(mask)
+        elif ("follow", weight.index) in self._sparse.programs:
+            follow = self._sparse.programs["follow", weight.index]
+        else:
+            follow = self._sparse.programs["follow", weight.index] = compiled(follow)
+        slots = [ops.convert_to_tensor(slot) for slot in weight.slots]
+        explored = ops.convert_to_tensor(weight.explored)
+        slots, now, ever, scale = follow(slots, mask, explored)
+        for slot, value in zip(weight.slots, slots):
+            slot.assign(value)
+        if weight.mask is not topology.mask:
+            weight.mask.assign(np.array(mask) if isinstance(mask, np.ndarray) else ops.copy(mask))
+        if scale is not None:
+            weight.scale.assign(scale)
+        if explores:
+            weight.explored.assign(now if self.has_not_stepped() else ever)
 
-    def _has_not_stepped(self):
-        return int(ops.convert_to_numpy(self.base_optimizer()._iterations)) == 0
+    def _follower(self, neuron_axes, has_scale):
+        def follow(slots, mask, explored):
+            now = masks.packed(mask)
+            slots = [ops.where(mask, slot, ops.cast(0, slot.dtype)) for slot in slots]
+            scale = self.correction(mask, neuron_axes) if has_scale else None
+            return slots, now, ops.bitwise_or(explored, now), scale
+
+        return follow
+
+    def _take_masks(self, explores):
+        for weight in self.weights:
+            self.follow(weight.topology, explores)
+
+    def settle(self):
+        """Take over weights and masks that were changed from outside, past Keras' variables.
+
+        Assignments to a Keras variable are noticed at once; the callbacks call this for the rest,
+        such as `tf.train.Checkpoint.restore` of the model alone.
+        """
+        for weight in self.weights:
+            weight.topology.settle()
+        self._take_masks(explores=False)
+
+    def set_budget(self, topology):
+        """What is active now is what the mask was given."""
+        budgets = np.array(host(self.budgets))
+        budgets[self.weight_of(topology.variable).index] = topology.num_active()
+        self.budgets.assign(budgets)
+
+    def has_not_stepped(self):
+        return int(host(keras_internals.step_count(self.base_optimizer()))) == 0
+
+    # ------------------------------------------------------------------ mask updates
+
+    def inspect(self, weights, gradients=None):
+        """What a mask update must know before it may begin, a few numbers of each weight.
+
+        Args:
+            weights: List of `Weight`s.
+            gradients: Dict from index to tensor or `None`.
+
+        Returns:
+            Dict from index to a dict: `active` (int), `weight_is_finite`, `gradient_is_finite`,
+            `gradient_is_written` (bools).
+        """
+        found = {}
+        for weight in weights:
+            gradient = (gradients or {}).get(weight.index)
+            arrays = weight.variable, weight.mask
+            if are_on_host(arrays):
+                value, mask = map(host, arrays)
+                found[weight.index] = _facts_on_host(value, mask, gradient)
+            else:
+                tensors = [ops.convert_to_tensor(array) for array in arrays]
+                found[weight.index] = _compiled_facts(*tensors, gradient)
+        always = {"gradient_is_finite": True, "gradient_is_written": True}
+        return {
+            index: {**always, **{name: np.asarray(value).item() for name, value in facts.items()}}
+            for index, facts in found.items()
+        }
+
+    def update_compiled(self, updates, key, keeps_budget):
+        """Change masks where the variables are; nothing comes to the host.
+
+        Args:
+            updates: List of (`Weight`, function, numbers, gradient). The function of (weight, mask,
+                gradient, numbers) gives the new mask, a bool array of its shape; numbers is a dict
+                of ints and floats, gradient a tensor or `None`.
+            key: Hashable; with the same key the functions are the same, and compiled once.
+            keeps_budget: Bool, whether the masks' budgets stay as they are.
+        """
+        initial = self.has_not_stepped()
+        changed, active = [], {}
+        for weight, new_mask, numbers, gradient in updates:
+            name = key, weight.index, initial
+            program = self._sparse.programs.get(name)
+            if program is None:
+                program = compiled(self.mover(weight, new_mask, initial), donate=(0,))
+                self._sparse.programs[name] = program
+            topology = weight.topology
+            moving = [weight.variable, *weight.slots, weight.explored]
+            state = [ops.convert_to_tensor(variable) for variable in moving]
+            numbers = {k: np.asarray(v, _dtype(v)) for k, v in numbers.items()}
+            mask = ops.convert_to_tensor(topology.mask)
+            state, mask, scale, new, count = program(state, mask, gradient, numbers)
+            with topology.quiet():
+                for variable, value in zip(moving, state):
+                    variable.assign(value)
+                topology.mask.assign(mask)
+            if weight.mask is not topology.mask:
+                weight.mask.assign(ops.copy(mask))
+            if scale is not None:
+                weight.scale.assign(scale)
+            for optimizer in topology.optimizers:
+                if optimizer is not self:
+                    optimizer.follow(topology)
+            changed.append(new)
+            active[weight.index] = count
+        counts = sum(active.values())
+        self.mask_change.assign(
+            ops.cast(sum(changed), "float32") / ops.cast(ops.maximum(counts, 1), "float32")
+        )
+        if not keeps_budget:
+            budgets = ops.unstack(ops.convert_to_tensor(self.budgets))
+            self.budgets.assign(
+                ops.stack([active.get(index, old) for index, old in enumerate(budgets)])
+            )
+
+    def mover(self, weight, new_mask, initial):
+        """A mask update of one weight as a pure function.
+
+        Args:
+            weight: `Weight`.
+            new_mask, initial: As in `update_compiled`; `True` before the first step, when earlier
+                masks do not count as explored.
+
+        Returns:
+            Function of ([weight, *slots, explored], mask, gradient, numbers) → the first two, new,
+            the correction's scale or `None`, the number of new connections, and of active ones.
+        """
+        axes, has_scale = weight.topology.neuron_axes, weight.scale is not None
+
+        def move(state, mask, gradient, numbers):
+            *moving, explored = state
+            new = new_mask(moving[0], mask, gradient, numbers)
+            survives = ops.logical_and(new, mask)
+            moving = [masks.masked(value, survives) for value in moving]
+            now = masks.packed(new)
+            explored = now if initial else ops.bitwise_or(explored, now)
+            scale = self.correction(new, axes) if has_scale else None
+            changed = masks.count(ops.logical_and(new, ops.logical_not(mask)))
+            return [*moving, explored], new, scale, changed, masks.count(new)
+
+        return move
 
     def itop_rate(self, all_weights=False):
         """In-time over-parameterisation: the fraction of sparse weights ever active.
 
         ```
-        R = |∪_t mask_t| / (all weights of the sparse kernels), initial masks included
+        R = |∪_t mask_t| / (all weights that have a mask), initial masks included
         ```
 
         Saved with the optimizer, so it survives a resume.
@@ -374,28 +598,26 @@ class SparseOpt(WrapperOptimizer):
         References:
             Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021.
         """
-        if not self._kernels.by_index:
+        if not self.weights:
             raise ValueError(
-                "`itop_rate` needs a built optimizer with sparse layers to train. Received: "
-                f"built={self.built}, sparse kernels: 0"
+                "`itop_rate` needs a built optimizer with sparse weights to train. Received: "
+                f"built={self.built}, sparse weights: 0"
             )
-        explored = sum(
-            int(np.bitwise_count(masks.host(kernel.explored).view("uint32")).sum())
-            for kernel in self._kernels
-        )
-        total = sum(math.prod(kernel.variable.shape) for kernel in self._kernels)
+        explored = sum(_count_bits(weight.explored) for weight in self.weights)
+        total = sum(math.prod(weight.variable.shape) for weight in self.weights)
         if all_weights:
-            dense = sum(math.prod(v.shape) for v in self._trainable_variables) - total
+            trained = keras_internals.trained_variables(self)
+            dense = sum(math.prod(v.shape) for v in trained) - total
             explored, total = explored + dense, total + dense
         return explored / total
 
     # ------------------------------------------------------------------ dense gradients
 
-    def open_taps(self, steps=1, every=None, momentum=None):
-        """Start to keep the dense gradient of every sparse kernel.
+    def lease_gradients(self, steps=1, every=None, momentum=None):
+        """Begin to keep the dense gradient of every sparse weight, for as long as the lease lives.
 
-        The train function must be made again after that
-        (`model.make_train_function(force=True)`); the callbacks do it.
+        A train step that was compiled before must be made again, or does not write them; the
+        callbacks see to that.
 
         Args:
             steps: Int, how many optimizer steps the kept gradient is averaged over.
@@ -405,11 +627,10 @@ class SparseOpt(WrapperOptimizer):
                 or `None` (default).
 
         Returns:
-            Bool, whether anything changed.
+            `Lease`.
 
         Raises:
-            ValueError: If gradients are kept already, but averaged in another way; or for
-                `momentum` together with gradient accumulation.
+            ValueError: For `momentum` together with gradient accumulation.
         """
         accumulation = self.base_optimizer().gradient_accumulation_steps or 1
         if momentum is not None and accumulation > 1:
@@ -418,94 +639,147 @@ class SparseOpt(WrapperOptimizer):
                 f"Received: gradient_accumulation_steps={accumulation}"
             )
         window = steps * accumulation
-        averaging = _Averaging(window, 1 if window == 1 else every * accumulation, momentum)
-        state = self._kernels
-        if self._taps():
-            if state.averaging != averaging:
-                raise ValueError(
-                    "Dense gradients are kept already, but averaged in another way: methods that "
-                    "train one model together must use the same gradients. Received: "
-                    f"{averaging}, kept: {state.averaging}"
-                )
-            return False
-        state.averaging = averaging
-        with strategy_scope(self):
-            for kernel in state:
-                kernel.tap = keras.Variable(
-                    keras.initializers.Constant(UNWRITTEN),
-                    shape=kernel.variable.shape,
-                    dtype=kernel.variable.dtype,
-                    trainable=False,
-                    # Keras scales the loss by 1/replicas, so the sum is the global gradient.
-                    aggregation="sum",
-                    synchronization="on_read",
-                    layout=kernel.variable._layout,
-                    name=f"{kernel.variable.path.replace('/', '_')}_dense_gradient",
-                )
-        return True
+        averaging = Averaging(window, 1 if window == 1 else every * accumulation, momentum)
+        state = self._sparse
+        if not state.leases.get(averaging):
+            if averaging not in state.taps:
+                state.taps[averaging] = [Tap(w.variable, UNWRITTEN) for w in self.weights]
+            for tap in state.taps[averaging]:
+                tap.open()
+        state.leases[averaging] = state.leases.get(averaging, 0) + 1
+        return Lease(self, averaging)
 
-    def close_taps(self):
-        """Stop keeping dense gradients and free them."""
-        for kernel in self._kernels:
-            kernel.tap = None
+    def _return_lease(self, averaging):
+        state = self._sparse
+        state.leases[averaging] -= 1
+        if not state.leases[averaging]:
+            for tap in state.taps[averaging]:
+                tap.close()
 
-    def dense_gradient(self, kernel):
-        """The dense gradient kept for one sparse kernel, all-reduced over replicas.
+    @property
+    def kept_gradients(self):
+        """What a compiled step writes: hashable, and different where the step must be another."""
+        return frozenset(self._sparse.open_taps)
 
-        Args:
-            kernel: Keras variable, one of `sparse_kernels`.
-
-        Returns:
-            Tensor of the kernel's shape, neither masked nor corrected; −inf throughout if no
-            step has written it.
-        """
-        record = self._find(kernel)
-        if record is None or record.tap is None:
-            raise ValueError("No dense gradient is kept: call `open_taps` before training.")
-        return ops.convert_to_tensor(record.tap)
-
-    def _tap(self, grad, kernel):
+    def _keep(self, grad, tap, averaging):
         if self.loss_scale_factor is not None:
             grad = grad / self.loss_scale_factor
-        averaging = self._kernels.averaging
         if averaging.carries:
-            tap = ops.convert_to_tensor(kernel.tap)
-            restart = tap == UNWRITTEN
+            kept = tap.read()
+            restart = kept == UNWRITTEN
             weight = 1 / averaging.window
             if averaging.momentum is None:
-                position = self.base_optimizer()._iterations % averaging.interval
+                position = keras_internals.step_count(self.base_optimizer()) % averaging.interval
                 fresh = position <= averaging.interval - averaging.window
                 restart = ops.logical_or(fresh, restart)
             else:
-                tap, weight = averaging.momentum * tap, 1 - averaging.momentum
-            grad = ops.where(restart, ops.zeros_like(tap), tap) + grad * weight
-        kernel.tap.assign(grad)
+                kept, weight = averaging.momentum * kept, 1 - averaging.momentum
+            grad = ops.where(restart, ops.zeros_like(kept), kept) + grad * weight
+        tap.assign(grad)
 
     # ------------------------------------------------------------------ state
 
     @property
     def variables(self):
         # JAX's step must carry the transient state as well.
-        transient = self.transient_variables if keras.backend.backend() == "jax" else []
-        return super().variables + transient
+        return super().variables + ([] if IS_TENSORFLOW else self.transient_variables)
 
     @property
     def transient_variables(self):
         """Mask copies and dense gradients, which Keras' files do not hold."""
-        copies = [kernel.mask_copy for kernel in self._kernels if kernel.mask_copy is not None]
-        return copies + self._taps()
+        return self._sparse.copies + [tap.variable for tap in self._kept(lambda averaging: True)]
 
     @property
     def carried_gradients(self):
-        """Kept dense gradients that a resume would need: averages over several steps."""
-        return self._taps() if self._kernels.averaging.carries else []
+        """The `Tap`s that a resume would need: averages over several steps."""
+        return self._kept(lambda averaging: averaging.carries)
 
-    def _taps(self):
-        return [kernel.tap for kernel in self._kernels if kernel.tap is not None]
+    def _kept(self, condition):
+        open_taps = sorted(self._sparse.open_taps.items(), key=lambda pair: repr(pair[0]))
+        return [tap for averaging, taps in open_taps if condition(averaging) for tap in taps]
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        if self.weights:
+            self._take_masks(explores=False)
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             "skew_correction": self.skew_correction,
             "renormalize": self.renormalize,
         }
+        saved = self._sparse.saved_topologies
+        if self.weights:
+            saved = [
+                {
+                    "index": index,
+                    "neuron_axes": list(weight.topology.neuron_axes),
+                    "input_axes": list(weight.topology.input_axes),
+                    "skew_correction": weight.topology.skew_correction,
+                    "name": weight.topology.name,
+                    "feeds": weight.topology.feeds,
+                }
+                for index, weight in self._sparse.weights.items()
+                if weight.topology.is_attached
+            ]
+        if saved:
+            config["topologies"] = list(saved)
+        return config
+
+
+def _dtype(value):
+    return "int32" if isinstance(value, (int, np.integer)) else "float32"
+
+
+@contextlib.contextmanager
+def _without_keeping_zeros(variable):
+    """`SparseOpt` keeps zeros by itself; the weight's own constraint stays."""
+    constraint = variable.constraint
+    variable.constraint = own_constraint(variable)
+    try:
+        yield
+    finally:
+        variable.constraint = constraint
+
+
+def _is_initialized(weight):
+    """`False` while TensorFlow traces the step that will create the layer's variables."""
+    return not IS_TENSORFLOW or bool(weight.topology.mask.value.is_initialized())
+
+
+def _count_bits(words):
+    if are_on_host([words]):
+        return masks.count_packed(host(words))
+    return int(host(_count_packed(ops.convert_to_tensor(words))))
+
+
+_count_packed = compiled(masks.count_packed)
+
+
+def _facts_on_host(weight, mask, gradient):
+    facts = {"active": np.count_nonzero(mask), "weight_is_finite": _is_finite(weight)}
+    if gradient is not None:
+        gradient = host(gradient)
+        is_finite = _is_finite(gradient)
+        facts["gradient_is_finite"] = is_finite
+        facts["gradient_is_written"] = is_finite or not np.all(gradient == UNWRITTEN)
+    return facts
+
+
+def _is_finite(values):
+    values = values.ravel()
+    # One fast pass; it can only overflow where a value has become enormous.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.dot(values, values)):
+            return True
+    return bool(np.isfinite(values).all())
+
+
+@compiled
+def _compiled_facts(weight, mask, gradient):
+    facts = {"active": masks.count(mask), "weight_is_finite": ops.all(ops.isfinite(weight))}
+    if gradient is not None:
+        facts["gradient_is_finite"] = ops.all(ops.isfinite(gradient))
+        facts["gradient_is_written"] = ops.any(gradient != UNWRITTEN)
+    return facts

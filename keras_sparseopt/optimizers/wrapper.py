@@ -1,18 +1,10 @@
 """What `SparseOpt` and `HAM` share: being a Keras optimizer around another one."""
 
-import contextlib
 import warnings
 
 import keras
 
-
-def init_scope():
-    """Eager execution, also when called while a `tf.function` is being traced."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.init_scope()
-    return contextlib.nullcontext()
+from keras_sparseopt import keras_internals
 
 
 class WrapperOptimizer(keras.optimizers.Optimizer):
@@ -26,12 +18,15 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
         name: String or `None`.
     """
 
-    # Optimizer class name → why it cannot be the (innermost) inner optimizer.
-    refused = {
-        "LossScaleOptimizer": "it must be outermost: LossScaleOptimizer({self}(optimizer))",
-        "MultiOptimizer": "it has no single learning rate and step count; use one "
-        "optimizer per training run",
-    }
+    @classmethod
+    def reasons_to_refuse(cls):
+        """Dict: optimizer class → why it, or what derives from it, cannot be inside."""
+        return {
+            keras.optimizers.LossScaleOptimizer: "it must be outermost: "
+            f"LossScaleOptimizer({cls.__name__}(optimizer))",
+            keras.optimizers.MultiOptimizer: "it has no single learning rate and step count; use "
+            "one optimizer per training run",
+        }
 
     def __init__(self, inner_optimizer, name=None):
         if not isinstance(inner_optimizer, (keras.optimizers.Optimizer, str, dict)):
@@ -52,13 +47,12 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
     @classmethod
     def _refuse(cls, inner_optimizer):
         while inner_optimizer is not None:
-            kind = type(inner_optimizer).__name__
-            if kind in cls.refused:
-                raise ValueError(
-                    f"{cls.__name__} does not accept {kind} as inner optimizer: "
-                    f"{cls.refused[kind].format(self=cls.__name__)}. "
-                    f"Received: inner_optimizer={kind}"
-                )
+            for refused, reason in cls.reasons_to_refuse().items():
+                if isinstance(inner_optimizer, refused):
+                    raise ValueError(
+                        f"{cls.__name__} does not accept {refused.__name__} as inner optimizer: "
+                        f"{reason}. Received: inner_optimizer={type(inner_optimizer).__name__}"
+                    )
             inner_optimizer = getattr(inner_optimizer, "inner_optimizer", None)
 
     # Not a property: Keras would save the optimizer once more under its name.
@@ -83,7 +77,8 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
                 "`apply` without `trainable_variables` needs a built optimizer. "
                 "Call `optimizer.build(trainable_variables)` first."
             )
-        self._apply(list(grads), trainable_variables or self._trainable_variables)
+        trained = trainable_variables or keras_internals.trained_variables(self)
+        self._apply(list(grads), trained)
 
     def _apply(self, grads, variables):
         self.inner_optimizer.apply(grads, variables)
@@ -94,7 +89,7 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        return self._variables + self.inner_optimizer.variables
+        return keras_internals.own_variables(self) + self.inner_optimizer.variables
 
     @property
     def iterations(self):
@@ -129,19 +124,25 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
 
     # Keras saves the inner optimizer by itself, as a child; here only what is the wrapper's own.
     def save_own_variables(self, store):
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(keras_internals.own_variables(self)):
             store[str(i)] = keras.ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
-        if len(store.keys()) != len(self._variables):
+        own = keras_internals.own_variables(self)
+        if len(store.keys()) != len(own):
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}': it has "
-                f"{len(self._variables)} variables of its own, the file {len(store.keys())}.",
+                f"{len(own)} variables of its own, the file {len(store.keys())}.",
                 stacklevel=2,
             )
             return
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(own):
             variable.assign(store[str(i)])
+
+    # Where Keras' `SwapEMAWeights` looks for the averages of a nested optimizer.
+    @property
+    def _model_variables_moving_average(self):
+        return keras_internals.averages(self.base_optimizer())
 
     def get_config(self):
         inner = keras.saving.serialize_keras_object(self.inner_optimizer)

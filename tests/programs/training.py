@@ -72,9 +72,9 @@ def die_in_the_middle_of(what, count):
     if what == "update":
         rewire = kso.SparseOpt.rewire
 
-        def killing(self, kernel, mask):
-            rewire(self, kernel, mask)
-            if kernel is self.sparse_kernels[0]:
+        def killing(self, variable, *args):
+            rewire(self, variable, *args)
+            if variable is self.sparse_weights[0]:
                 remaining[0] -= 1
                 if remaining[0] == 0:
                     die()

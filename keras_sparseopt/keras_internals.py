@@ -1,0 +1,220 @@
+"""Private attributes of Keras that this package needs, each behind one function.
+
+`tests/test_keras_internals.py` checks that every one still exists and does what is expected here.
+"""
+
+import contextlib
+import functools
+from typing import Any
+
+import keras
+from keras.src import backend
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+__all__ = ["in_stateless_scope"]
+
+
+def all_layers(model):
+    """The layer or model itself and all layers inside of it, at any depth, each once."""
+    return model._flatten_layers()
+
+
+def own_weights(layer):
+    """The weights that a layer made itself, frozen or not, without those of its sublayers."""
+    return list(layer._trainable_variables)
+
+
+def forget_weight(layer, variable):
+    """Take a non-trainable weight away from a layer."""
+    layer._tracker.unlock()
+    layer._non_trainable_variables[:] = [
+        v for v in layer._non_trainable_variables if v is not variable
+    ]
+
+
+def build_shapes(layer):
+    """The shapes by argument name that a layer was built with, or `None`."""
+    return layer._build_shapes_dict
+
+
+def layout(variable):
+    """How JAX shards a variable, or `None`."""
+    return variable._layout
+
+
+def follow_layout(variable, of):
+    """Shard a variable as another one is."""
+    if of._layout is not None:
+        variable._layout = of._layout
+        variable.assign(variable.value)
+
+
+def is_absent(variable):
+    """Whether JAX holds the value outside of the variable, and is about to bring it back.
+
+    `fit` empties its variables; `train_on_batch` leaves donated buffers in them.
+    """
+    value = variable._value
+    return value is None or getattr(value, "is_deleted", lambda: False)()
+
+
+def functional_of(model):
+    """The functional graph inside a Functional or Sequential model, or `None`."""
+    if isinstance(model, keras.Sequential):
+        return model._functional if model.built else None
+    return model if hasattr(model, "_nodes_by_depth") and hasattr(model, "operations") else None
+
+
+def nodes_of(functional):
+    """The calls in a functional graph: objects with `operation`, `arguments` and `outputs`."""
+    return [node for nodes in functional._nodes_by_depth.values() for node in nodes]
+
+
+def strategy_of(optimizer):
+    """The `tf.distribute` strategy that an optimizer was made in (TensorFlow)."""
+    return optimizer._distribution_strategy
+
+
+def step_count(optimizer):
+    """The variable that counts calls of `apply`; under accumulation more than `iterations`."""
+    return optimizer._iterations
+
+
+def variable_index(optimizer, variable):
+    """Position of a variable among those that an optimizer trains, or `None`."""
+    return optimizer._trainable_variables_indices.get(optimizer._var_key(variable))
+
+
+def trained_variables(optimizer):
+    """The variables that an optimizer was built with."""
+    return optimizer._trainable_variables
+
+
+def own_variables(optimizer):
+    """The variables that a wrapper holds itself, without those of the inner optimizer."""
+    return optimizer._variables
+
+
+def track(optimizer, variable):
+    """Make a variable one of an optimizer's own."""
+    optimizer._track_variable(variable)
+
+
+def averages(optimizer):
+    """The moving averages of an optimizer with `use_ema`; AttributeError without."""
+    return optimizer._model_variables_moving_average
+
+
+@contextlib.contextmanager
+def slots_recorded(optimizer):
+    """Yields a dict: key of a variable → the slots that `optimizer` makes for it meanwhile."""
+    slots: dict = {}
+    original = optimizer.add_variable_from_reference
+
+    def record(reference_variable, *args, **kwargs):
+        slot = original(reference_variable, *args, **kwargs)
+        slots.setdefault(optimizer._var_key(reference_variable), []).append(slot)
+        return slot
+
+    # Through `__dict__`: Keras tracks attributes that are set the usual way.
+    optimizer.__dict__["add_variable_from_reference"] = record
+    try:
+        yield slots
+    finally:
+        del optimizer.__dict__["add_variable_from_reference"]
+
+
+def slots_of(slots, optimizer, variable):
+    return slots.get(optimizer._var_key(variable), [])
+
+
+def set_initial_epoch(model, epoch):
+    """Where `fit` begins, whatever its `initial_epoch` says; `None` to leave it to that."""
+    model._initial_epoch = epoch
+
+
+def initial_epoch(model):
+    return model._initial_epoch
+
+
+def model_of(callback):
+    """A callback's model, without bringing JAX's state into the variables; or `None`."""
+    return callback._model
+
+
+def build_metrics(model, data_batch):
+    model._symbolic_build(data_batch=data_batch)
+
+
+def uncompile(model):
+    """Take optimizer, loss and metrics away from a model, so that its file holds none."""
+    model.compiled = False
+    model.optimizer = None
+    for name in ("train_function", "test_function", "predict_function"):
+        setattr(model, name, None)
+
+
+@functools.cache
+def told_class(variable_class: Any) -> Any:
+    """A variable class whose instances tell their `topology` before and after an assignment."""
+
+    class Told(variable_class):
+        def assign(self, value):
+            after = self.topology.before_assign(self, value)
+            value = super().assign(value)
+            if after is not None:
+                after()
+            return value
+
+    Told.__name__, Told.__qualname__ = variable_class.__name__, variable_class.__qualname__
+    Told.__module__ = variable_class.__module__
+    return Told
+
+
+def tell(variable):
+    """Let a variable tell its `topology` of assignments: there is no public hook for that."""
+    if not hasattr(type(variable), "is_told"):
+        variable.__class__ = told_class(type(variable))  # type: ignore[arg-type]
+        type(variable).is_told = True
+
+
+def tell_no_more(variable):
+    if hasattr(type(variable), "is_told"):
+        variable.__class__ = type(variable).__mro__[1]
+
+
+@contextlib.contextmanager
+def calls_recorded():
+    """Yields a list that takes every layer that is called meanwhile, in order."""
+    called: list = []
+    original = keras.layers.Layer.__call__
+
+    @functools.wraps(original)
+    def record(self, *args, **kwargs):
+        outputs = original(self, *args, **kwargs)
+        called.append(self)
+        return outputs
+
+    keras.layers.Layer.__call__ = record
+    try:
+        yield called
+    finally:
+        keras.layers.Layer.__call__ = original
+
+
+def symbolic_call(function, *args, **kwargs):
+    """Call a function of `keras.KerasTensor`s for the shapes of its results only."""
+    return backend.compute_output_spec(function, *args, **kwargs)
+
+
+def told_once(model):
+    """Whether this was asked before in the same `fit`."""
+    history = model.history
+    told = getattr(history, "has_told", False)
+    history.has_told = True
+    return told
+
+
+def steps_of(model):
+    """A dict on the model for its compiled train steps; Keras does not track it."""
+    return vars(model).setdefault("_steps_by_gradients", {})
