@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import keras_internals, masks
-from keras_sparseopt.backend import IS_TENSORFLOW, are_on_host, host
+from keras_sparseopt.backend import IS_TENSORFLOW, are_on_host, freed, host
 from keras_sparseopt.checks import (
     check_bool,
     check_fraction,
@@ -171,8 +171,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             mask: Bool array, the present mask.
             gradient: Array of the dense gradient, for a method with `uses_gradient`; else `None`.
             update: What else is known: `update.step`, the optimizer step; `update.index`, the
-                weight's position among all; `update.num_update`; `update.topology`; and what `plan`
-                has added.
+                weight's position among all; `update.num_update` and what else `plan` says;
+                `update.neuron_axes`, `update.input_axes` and `update.skew_correction` of its
+                topology.
 
         Returns:
             Float array of the weight's shape. Unless overridden, |gradient|. All arrays are
@@ -386,7 +387,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             variables = [weight.variable, *weight.slots, weight.explored, weight.topology.mask]
             variables += [] if weight.scale is None else [weight.scale]
             moving.append(variables)
-        gradients = [self._lease.gradient(w.variable) if self._lease else None for w in weights]
+        gradients = [self._gradient(weight) for weight in weights]
         finite = [
             ops.all(ops.isfinite(x)) for pair in zip(weights, gradients)
             for x in (pair[0].variable, pair[1]) if x is not None
@@ -399,7 +400,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 values = [ops.convert_to_tensor(v) for v in variables]
                 state, mask = values[: 2 + len(weight.slots)], values[2 + len(weight.slots)]
                 number = ops.floor(ops.cast(masks.count(mask), "float32") * fraction)
-                facts = {"num_update": ops.cast(number, "int32"), "step": step}
+                facts = {
+                    "num_update": ops.cast(number, "int32"), "step": step, "index": weight.index,
+                }  # fmt: skip
                 new_mask = self._ranking(weight)
                 mover = optimizer.mover(weight, new_mask, initial=False)
                 state, mask, scale, new, count = mover(state, mask, gradient, facts)
@@ -482,10 +485,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         if self.check_replicas:  # before: the update gives all replicas the same
             assert_replicas_agree(self.optimizer)
         weights = self._weights()
-        gradients = dict.fromkeys((weight.index for weight in weights), None)
-        if self._lease is not None:
-            gradients = {w.index: self._lease.gradient(w.variable) for w in weights}
-        facts = self.optimizer.inspect(weights, gradients)
+        facts = self.optimizer.inspect(weights, self._gradient)
         # A layer that no loss depends on has no gradient; its topology stays.
         weights = [weight for weight in weights if facts[weight.index]["gradient_is_written"]]
         if not weights:
@@ -499,15 +499,19 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 )
                 return
         plan = self.plan(weights, [facts[weight.index]["active"] for weight in weights])
-        plan = [{"step": self._step, **numbers} for numbers in plan]
+        plan = [
+            {"step": self._step, "index": weight.index, **numbers}
+            for weight, numbers in zip(weights, plan)
+        ]
         if self._ranks_on_host(weights):
-            self._update_on_host(weights, gradients, plan)
+            self._update_on_host(weights, plan)
         else:
             self.optimizer.update_compiled(
                 [
-                    (weight, self._ranking(weight), numbers, gradients[weight.index])
+                    (weight, self._ranking(weight), numbers)
                     for weight, numbers in zip(weights, plan)
                 ],
+                self._gradient,
                 key=self._key(),
                 keeps_budget=self.keeps_budget,
             )
@@ -519,12 +523,16 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             return not self.compiled
         return are_on_host([weight.variable for weight in weights])
 
-    def _update_on_host(self, weights, gradients, plan):
+    def _gradient(self, weight):
+        """The dense gradient kept for a `Weight`; read one by one, each read may be a copy."""
+        return None if self._lease is None else self._lease.gradient(weight.variable)
+
+    def _update_on_host(self, weights, plan):
         """Weights are ranked in parallel, a few at a time: their scores take memory."""
         workers = os.cpu_count() or 1
 
         def rank(weight, numbers):
-            gradient = gradients[weight.index]
+            gradient = self._gradient(weight)
             gradient = None if gradient is None else host(gradient)
             value, mask = host(weight.variable), host(weight.topology.mask)
             return host(self._ranking(weight)(value, mask, gradient, numbers))
@@ -538,12 +546,16 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                     changed += int(np.count_nonzero(new & ~old))
                     active += int(np.count_nonzero(new))
                     if not np.array_equal(new, old):
-                        self.optimizer.rewire(weight.variable, new, self.keeps_budget)
+                        with freed(weight.variables):
+                            self.optimizer.rewire(weight.variable, new, self.keeps_budget)
         self.optimizer.mask_change.assign(changed / max(active, 1))
 
     def _ranking(self, weight):
-        """`new_mask` of one weight, as a function of arrays and numbers only."""
-        known = {"index": weight.index, "topology": weight.topology}
+        """`new_mask`, as a function of arrays and numbers only; the same for weights alike."""
+        known = {
+            name: getattr(weight.topology, name)
+            for name in ("neuron_axes", "input_axes", "skew_correction")
+        }
 
         def rank(value, mask, gradient, numbers):
             update = types.SimpleNamespace(**known, **numbers)

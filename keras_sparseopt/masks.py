@@ -18,6 +18,7 @@ from keras_sparseopt.backend import compiled, host, is_traced
 
 MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
 _SAMPLE = 2**14
+_PIECE = 2**16
 _LOWEST = -(2**31)  # below every key
 
 
@@ -528,8 +529,9 @@ def random_scores(mask, seed, index, step):
     Returns:
         Float32 array of the mask's shape, the same bits on every backend and device.
     """
-    xp = np if on_host(mask) else ops
-    array = np.asarray if xp is np else ops.convert_to_tensor
+    on_the_host = on_host(mask)
+    xp = np if on_the_host else ops
+    array = np.asarray if on_the_host else ops.convert_to_tensor
 
     def mixed(x):  # the finalizer of MurmurHash3
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -544,15 +546,20 @@ def random_scores(mask, seed, index, step):
             number = ops.cast(number, "uint32")
         return mixed(xp.bitwise_xor(mixed(key), xp.reshape(number, (1,))))
 
+    def drawn(position, key):
+        draw = mixed(xp.bitwise_xor(mixed(position), key))
+        draw = xp.right_shift(draw, array(np.uint32(8)))
+        return draw.astype("float32") if on_the_host else ops.cast(draw, "float32")
+
     key = array(np.array([0x9E3779B9], "uint32"))
     for number in (seed, seed >> 32, index, step):
         key = absorbed(key, number)
-    if xp is np:
-        position = np.arange(mask.size, dtype="uint32").reshape(mask.shape)
-    else:
+    if not on_the_host:
         position = ops.cast(_positions(mask.shape), "uint32")
-    key = xp.reshape(key, (1,) * len(mask.shape))
-    draw = mixed(xp.bitwise_xor(mixed(position), key))
-    draw = xp.right_shift(draw, array(np.uint32(8)))
-    draw = draw.astype("float32") if xp is np else ops.cast(draw, "float32")
-    return draw * np.float32(2**-24)
+        return drawn(position, xp.reshape(key, (1,) * len(mask.shape))) * np.float32(2**-24)
+    draws = np.empty(mask.size, "float32")
+    for first in range(0, mask.size, _PIECE):  # a piece at a time stays in the cache
+        last = min(first + _PIECE, mask.size)
+        draws[first:last] = drawn(np.arange(first, last, dtype="uint32"), key)
+    draws *= np.float32(2**-24)
+    return draws.reshape(mask.shape)

@@ -105,9 +105,8 @@ class RigL(DynamicSparseTraining):
         return optimizer.lease_gradients(self.gradient_steps, self.update_every)
 
     def scores(self, weight, mask, gradient, update):
-        topology = update.topology
-        if self.growth_gradient == "corrected" and topology.skew_correction:
-            scale = self.optimizer.correction(mask, topology.neuron_axes)
+        if self.growth_gradient == "corrected" and update.skew_correction:
+            scale = self.optimizer.correction(mask, update.neuron_axes)
             gradient = gradient * (host(scale) if masks.on_host(mask) else scale)
         return abs(gradient)
 
@@ -502,5 +501,5 @@ class SRigL(DynamicSparseTraining):
     def new_mask(self, weight, mask, gradient, update):
         return masks.constant_fan_in(
             weight, mask, abs(gradient), update.num_update, update.budget,
-            update.topology.neuron_axes, update.needed,
+            update.neuron_axes, update.needed,
         )  # fmt: skip

@@ -310,7 +310,7 @@ def test_updates_are_compiled_once_for_all_fits(monkeypatch):
     model = network()
     train(model, method=METHODS["RigL"](compiled=True))
     once = len(traced)
-    assert 0 < once <= 2 * len(kso.sparse_weights(model))
+    assert 0 < once <= len({tuple(w.shape) for w in kso.sparse_weights(model)}) + 1
     for _ in range(3):
         train(model, method=METHODS["RigL"](compiled=True))
     assert len(traced) == once
@@ -469,7 +469,8 @@ def test_unknown_length_is_known_from_the_second_epoch_on():
     model = network()
     train(model)
     before = masks_of(model)
-    callbacks = [kso.SET(2, 0.5)]
+    half = keras.optimizers.schedules.ExponentialDecay(0.5, 1, 1.0)
+    callbacks = [kso.SET(2, half)]
     model.fit(batches(), initial_epoch=1, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
     assert any(not np.array_equal(a, b) for a, b in zip(before, masks_of(model)))
 

@@ -74,6 +74,15 @@ def test_jax_distributions_equal_one_device():
     finish(start("jax_devices.py"))
 
 
+@pytest.mark.backend("jax")
+def test_sharded_weights_of_two_processes_equal_one_device(tmp_path):
+    """No process holds a mask whole; RigL and SET give the masks that one device gives."""
+    finish(start("model_parallel.py", tmp_path / "one"))
+    finish(*(start("model_parallel.py", tmp_path / "two", **env) for env in workers(2)))
+    for worker in (0, 1):
+        assert_close(tmp_path / f"two-{worker}.npz", tmp_path / "one-0.npz")
+
+
 def assert_close(path, reference):
     result, expected = np.load(path), np.load(reference)
     assert result.files == expected.files

@@ -424,14 +424,12 @@ class SparseOpt(WrapperOptimizer):
             explores: Bool; `False` where what was explored comes from a file, too.
         """
         weight = self.weight_of(topology.variable)
-        follow = self._follower(topology.neuron_axes, weight.scale is not None)
-        mask = ops.convert_to_tensor(topology.mask)
+        alike = topology.neuron_axes, weight.scale is not None
+        follow, mask = self._follower(*alike), ops.convert_to_tensor(topology.mask)
         if are_on_host([topology.mask]):
             mask = host(mask)
-        elif ("follow", weight.index) in self._sparse.programs:
-            follow = self._sparse.programs["follow", weight.index]
         else:
-            follow = self._sparse.programs["follow", weight.index] = compiled(follow)
+            follow = self._sparse.programs.setdefault(("follow", alike), compiled(follow))
         slots = [ops.convert_to_tensor(slot) for slot in weight.slots]
         explored = ops.convert_to_tensor(weight.explored)
         slots, now, ever, scale = follow(slots, mask, explored)
@@ -478,12 +476,12 @@ class SparseOpt(WrapperOptimizer):
 
     # ------------------------------------------------------------------ mask updates
 
-    def inspect(self, weights, gradients=None):
+    def inspect(self, weights, gradient_of=lambda weight: None):
         """What a mask update must know before it may begin, a few numbers of each weight.
 
         Args:
             weights: List of `Weight`s.
-            gradients: Dict from index to tensor or `None`.
+            gradient_of: Function of a `Weight`: its gradient, a tensor, or `None`.
 
         Returns:
             Dict from index to a dict: `active` (int), `weight_is_finite`, `gradient_is_finite`,
@@ -491,7 +489,7 @@ class SparseOpt(WrapperOptimizer):
         """
         found = {}
         for weight in weights:
-            gradient = (gradients or {}).get(weight.index)
+            gradient = gradient_of(weight)
             arrays = weight.variable, weight.mask
             if are_on_host(arrays):
                 value, mask = map(host, arrays)
@@ -505,30 +503,33 @@ class SparseOpt(WrapperOptimizer):
             for index, facts in found.items()
         }
 
-    def update_compiled(self, updates, key, keeps_budget):
+    def update_compiled(self, updates, gradient_of, key, keeps_budget):
         """Change masks where the variables are; nothing comes to the host.
 
         Args:
-            updates: List of (`Weight`, function, numbers, gradient). The function of (weight, mask,
+            updates: List of (`Weight`, function, numbers). The function of (weight, mask,
                 gradient, numbers) gives the new mask, a bool array of its shape; numbers is a dict
-                of ints and floats, gradient a tensor or `None`.
-            key: Hashable; with the same key the functions are the same, and compiled once.
+                of ints and floats.
+            gradient_of: As in `inspect`.
+            key: Hashable; with the same key the functions are the same for weights whose topologies
+                are alike, and compiled once for each shape.
             keeps_budget: Bool, whether the masks' budgets stay as they are.
         """
         initial = self.has_not_stepped()
         changed, active = [], {}
-        for weight, new_mask, numbers, gradient in updates:
-            name = key, weight.index, initial
+        for weight, new_mask, numbers in updates:
+            topology, has_scale = weight.topology, weight.scale is not None
+            alike = topology.neuron_axes, topology.input_axes, topology.skew_correction, has_scale
+            name = key, alike, initial
             program = self._sparse.programs.get(name)
             if program is None:
                 program = compiled(self.mover(weight, new_mask, initial), donate=(0,))
                 self._sparse.programs[name] = program
-            topology = weight.topology
             moving = [weight.variable, *weight.slots, weight.explored]
             state = [ops.convert_to_tensor(variable) for variable in moving]
             numbers = {k: np.asarray(v, _dtype(v)) for k, v in numbers.items()}
             mask = ops.convert_to_tensor(topology.mask)
-            state, mask, scale, new, count = program(state, mask, gradient, numbers)
+            state, mask, scale, new, count = program(state, mask, gradient_of(weight), numbers)
             with topology.quiet():
                 for variable, value in zip(moving, state):
                     variable.assign(value)
