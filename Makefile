@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# For tests only, and without its dependency tensorflow-text, which would bring a second TensorFlow.
+KERAS_HUB = keras-hub==0.32.0 kagglehub==1.0.3 kagglesdk==0.1.28 tokenizers regex sentencepiece
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
@@ -37,6 +39,7 @@ $(VENV)/.demo: $(VENV)/bin/python setup.cfg
 
 $(VENV)/.test: $(VENV)/bin/python setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,jax,examples,test]"
+	$(BIN)/python -m pip install --quiet --no-deps $(KERAS_HUB)
 	touch $@
 
 clean:

@@ -41,5 +41,6 @@ def test_every_argument_is_documented(name):
 
 def test_readme_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for code in examples((ROOT / "README.md").read_text()):
-        exec(compile(code, "<README>", "exec"), {"__name__": "example"})
+    for page in ("README.md", "docs/models.md"):
+        for code in examples((ROOT / page).read_text()):
+            exec(compile(code, f"<{page}>", "exec"), {"__name__": "example"})
