@@ -18,6 +18,7 @@ from keras_sparseopt.devices import (
     build_optimizer,
     check_fit,
     of_all_workers,
+    optimizers_of,
     share_statistics,
     worker_index,
 )
@@ -113,13 +114,19 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         model = self.model
-        if not all(layer.built for layer in keras_internals.all_layers(model)):
+        if keras_internals.unbuilt_layers(model):
             raise ValueError(
                 "BackupAndRestore needs a model that is built before `fit`: give its first layer "
                 "an input shape, or call a subclassed model on a batch once. "
                 f"Received: model '{model.name}'"
             )
         build_optimizer(model)
+        if not all(optimizer.built for optimizer in optimizers_of(model)):
+            raise ValueError(
+                "BackupAndRestore needs all optimizers of the model built before `fit`: call "
+                "optimizer.build(variables) of each. "
+                f"Received: {[type(o).__name__ for o in optimizers_of(model) if not o.built]}"
+            )
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_writable()
         self._history, self._history_restored = {}, False
@@ -169,31 +176,31 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _variables(self):
         """All that a training consists of, in an order that is the same in every process."""
         model = self.model
-        optimizer = model.optimizer
-        sparse_opt = sparse_opt_of(optimizer)
-        transient = [] if sparse_opt is None else sparse_opt.transient_variables
-        transient = {id(variable) for variable in transient}
-        variables = {id(v): v for v in [*model.variables, *optimizer.variables]}
-        return [v for key, v in variables.items() if key not in transient]
+        optimizers = optimizers_of(model)
+        transient = {id(v) for o in self._sparse_opts() for v in o.transient_variables}
+        everything = [*model.variables, *(v for o in optimizers for v in o.variables)]
+        return [v for v in {id(v): v for v in everything}.values() if id(v) not in transient]
+
+    def _sparse_opts(self):
+        found = [sparse_opt_of(optimizer) for optimizer in optimizers_of(self.model)]
+        return [optimizer for optimizer in found if optimizer is not None]
 
     def _carried(self):
         """Averages of gradients over several steps, while somebody keeps them."""
-        sparse_opt = sparse_opt_of(self.model.optimizer)
-        return [] if sparse_opt is None else sparse_opt.carried_gradients
+        return [tap for optimizer in self._sparse_opts() for tap in optimizer.carried_gradients]
 
     def _restore(self, backup):
         carried = backup["state"][len(self._variables()) :]
-        sparse_opt = sparse_opt_of(self.model.optimizer)
         with contextlib.ExitStack() as stack:
-            for weight in [] if sparse_opt is None else sparse_opt.weights:
+            for weight in [w for o in self._sparse_opts() for w in o.weights]:
                 stack.enter_context(weight.topology.quiet())  # its mask comes, too
             for variable, value in zip(self._variables(), backup["state"]):
                 variable.assign(value)
         if len(carried) == len(self._carried()):
             for tap, value in zip(self._carried(), carried):
                 tap.assign(value)
-        if sparse_opt is not None:
-            sparse_opt.settle()
+        for optimizer in self._sparse_opts():
+            optimizer.settle()
         self._history = {int(epoch): logs for epoch, logs in backup["history"].items()}
         keras_internals.set_initial_epoch(self.model, backup["epochs"])
 

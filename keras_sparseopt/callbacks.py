@@ -27,7 +27,7 @@ from keras_sparseopt.devices import (
     optimizers_of,
     use_step,
 )
-from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
 from keras_sparseopt.topology import is_named
 
 NO_GRADIENT = (
@@ -159,6 +159,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.check_replicas = check_replicas
         self.optimizer: Any = None
         self._lease: Any = None
+        self._epoch: int | None = None
+        self._settled = False
         self._logs: dict[str, float] = {}
 
     # ------------------------------------------------------------------ what a method is
@@ -388,21 +390,24 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             variables += [] if weight.scale is None else [weight.scale]
             moving.append(variables)
         gradients = [self._gradient(weight) for weight in weights]
-        finite = [
-            ops.all(ops.isfinite(x)) for pair in zip(weights, gradients)
-            for x in (pair[0].variable, pair[1]) if x is not None
-        ]  # fmt: skip
-        due = ops.all(ops.stack([due, *finite]))
+        healthy = [ops.all(ops.isfinite(weight.variable)) for weight in weights]
+        written = [g is None or ops.any(ops.not_equal(g, UNWRITTEN)) for g in gradients]
+        healthy += [
+            ops.logical_or(ops.all(ops.isfinite(g)), ops.logical_not(is_written))
+            for g, is_written in zip(gradients, written)
+            if g is not None
+        ]
+        due = ops.all(ops.stack([due, *healthy]))
 
         def update():
             results, changed, active = [], 0, 0
-            for weight, variables, gradient in zip(weights, moving, gradients):
+            for weight, variables, gradient, is_written in zip(weights, moving, gradients, written):
                 values = [ops.convert_to_tensor(v) for v in variables]
                 state, mask = values[: 2 + len(weight.slots)], values[2 + len(weight.slots)]
                 number = ops.floor(ops.cast(masks.count(mask), "float32") * fraction)
-                facts = {
-                    "num_update": ops.cast(number, "int32"), "step": step, "index": weight.index,
-                }  # fmt: skip
+                # A layer that no loss depends on keeps its topology.
+                number = ops.where(is_written, ops.cast(number, "int32"), 0)
+                facts = {"num_update": number, "step": step, "index": weight.index}
                 new_mask = self._ranking(weight)
                 mover = optimizer.mover(weight, new_mask, initial=False)
                 state, mask, scale, new, count = mover(state, mask, gradient, facts)
@@ -514,6 +519,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 self._gradient,
                 key=self._key(),
                 keeps_budget=self.keeps_budget,
+                donates=self._epoch is not None,
             )
         if self.check_replicas:
             assert_replicas_agree(self.optimizer)
@@ -546,7 +552,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                     changed += int(np.count_nonzero(new & ~old))
                     active += int(np.count_nonzero(new))
                     if not np.array_equal(new, old):
-                        with freed(weight.variables):
+                        with freed(weight.variables if self._epoch is not None else []):
                             self.optimizer.rewire(weight.variable, new, self.keeps_budget)
         self.optimizer.mask_change.assign(changed / max(active, 1))
 
@@ -597,7 +603,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_interval(model.steps_per_execution)
         # TensorFlow builds a model without known input shape at its first batch.
-        if all(layer.built for layer in keras_internals.all_layers(model)):
+        if not keras_internals.unbuilt_layers(model):
             self._begin_fit(model)
 
     def _find_optimizer(self, model):

@@ -154,10 +154,11 @@ def _attach_all(model, kernels, drawn, skew_correction):
         variable = kernel.variable
         values = masks.masked(ops.convert_to_tensor(variable), ops.convert_to_tensor(mask))
         variable.assign(values)
-        attach(
+        topology = attach(
             variable, mask, kernel.neuron_axes, kernel.input_axes, correct,
             _name(model, variable), normalization,
         )  # fmt: skip
+        topology.belong_to(model)
     # A step that was compiled before does not know of the masks.
     if getattr(model, "train_function", None) is not None:
         model.train_function = None
@@ -170,7 +171,7 @@ def _name(model, variable):
 def _check_built(model):
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    unbuilt = [x.name for x in keras_internals.all_layers(model) if not x.built]
+    unbuilt = [x.name for x in keras_internals.unbuilt_layers(model)]
     if unbuilt or not model.weights:
         raise ValueError(
             "`model` must be built: give a Sequential model an `Input`, call a subclassed one "

@@ -19,6 +19,16 @@ def all_layers(model):
     return model._flatten_layers()
 
 
+def unbuilt_layers(model):
+    """The model, and layers inside of it, that may have weights but have not made them yet."""
+    return [x for x in all_layers(model) if not x.built and (x is model or _makes_weights(x))]
+
+
+def _makes_weights(layer):
+    overrides = type(layer).build is not keras.layers.Layer.build
+    return overrides and ".preprocessing" not in type(layer).__module__
+
+
 def own_weights(layer):
     """The weights that a layer made itself, frozen or not, without those of its sublayers."""
     return list(layer._trainable_variables)
@@ -165,6 +175,15 @@ def told_class(variable_class: Any) -> Any:
             if after is not None:
                 after()
             return value
+
+        # What an optimizer does, before it applies the constraint.
+        def assign_add(self, value):
+            with self.topology.quiet():
+                return super().assign_add(value)
+
+        def assign_sub(self, value):
+            with self.topology.quiet():
+                return super().assign_sub(value)
 
     Told.__name__, Told.__qualname__ = variable_class.__name__, variable_class.__qualname__
     Told.__module__ = variable_class.__module__

@@ -463,7 +463,7 @@ def fit(weights, mask):
     """The mask that follows weights which came from elsewhere: what is not 0 is active.
 
     ```
-    mask = nonzero ∪ the first positions of the old mask that fill it up to its number
+    mask = nonzero ∪ the first positions of the old mask that fill it up to its number, if any
     ```
 
     Args:
@@ -472,13 +472,14 @@ def fit(weights, mask):
 
     Returns:
         Tuple: how many weights are not 0 outside of the mask, how many are not 0, how many are
-        active, and the new mask; which is of use if the second is at most the third.
+        active, and the new mask.
     """
     if not on_host(weights, mask):
         nonzero = ops.not_equal(weights, ops.cast(0, weights.dtype))
         outside = count(ops.logical_and(nonzero, ops.logical_not(mask)))
         keys = ops.where(nonzero, np.int32(2), ops.cast(mask, "int32"))
-        return outside, count(nonzero), count(mask), _top([keys], count(mask))[0]
+        number = ops.maximum(count(mask), count(nonzero))
+        return outside, count(nonzero), count(mask), _top([keys], number)[0]
     nonzero = weights != 0
     outside = np.count_nonzero(nonzero & ~mask)
     wanted, active = np.count_nonzero(nonzero), np.count_nonzero(mask)

@@ -10,7 +10,14 @@ import numpy as np
 from keras import layers, ops
 
 from keras_sparseopt import keras_internals, masks
-from keras_sparseopt.backend import are_on_host, colocated_scope, compiled, host, is_traced
+from keras_sparseopt.backend import (
+    IS_TENSORFLOW,
+    are_on_host,
+    colocated_scope,
+    compiled,
+    host,
+    is_traced,
+)
 
 # ---------------------------------------------------------------------- axes of kernels
 
@@ -155,6 +162,9 @@ class Topology:
         self.name = name
         self.feeds = feeds
         self.is_attached = is_attached
+        # Whether JAX has compiled the mask into another optimizer's step, as a constant.
+        self.is_compiled_in = False
+        self._models: list = []
         self._optimizers: list = []
         self._is_quiet = False
 
@@ -170,6 +180,10 @@ class Topology:
         """A `SparseOpt` says that it trains the weight."""
         self._optimizers = [weakref.ref(o) for o in self.optimizers]
         self._optimizers.append(weakref.ref(optimizer))
+
+    def belong_to(self, model):
+        """The weight is one of a model's."""
+        self._models.append(weakref.ref(model))
 
     # ------------------------------------------------------------------ changing it
 
@@ -216,6 +230,10 @@ class Topology:
             self.mask.assign(np.array(mask) if isinstance(mask, np.ndarray) else mask)
         for optimizer in self.optimizers:
             optimizer.follow(self)
+        if self.is_compiled_in:
+            self.is_compiled_in = False
+            for model in filter(None, (reference() for reference in self._models)):
+                model.train_function = None  # to be compiled anew
 
     @contextlib.contextmanager
     def quiet(self):
@@ -255,12 +273,15 @@ class Topology:
             mask, run, weight = host(mask), masks.fit, host(weight)
         outside, wanted, active, new = run(weight, mask)
         outside, wanted, active = (int(host(number)) for number in (outside, wanted, active))
-        if wanted > active and outside:
+        given = [optimizer.budget_of(self) for optimizer in self.optimizers]
+        if outside and wanted > max([active, *given]):
             raise ValueError(
                 f"The weight of '{self.name}' is denser than its mask: {wanted} values are not 0, "
                 f"{active} are active, and none of them may be lost. To start from a dense or "
                 "denser model load first and sparsify then; to let go of the mask call "
-                "keras_sparseopt.strip(model), load, and keras_sparseopt.masks_from_zeros(model)."
+                "keras_sparseopt.strip(model), load, and keras_sparseopt.masks_from_zeros(model). "
+                "EarlyStopping that restores weights from before a pruning method had ended needs "
+                "start_from_epoch."
             )
         return new if outside else None
 
@@ -301,6 +322,7 @@ class KeepZeros(keras.constraints.Constraint):
 
     def __call__(self, w):
         w = ops.convert_to_tensor(w)
+        self.topology.is_compiled_in |= not IS_TENSORFLOW and is_traced(w)
         if self.constraint is not None:
             w = self.constraint(w)
         return masks.masked(w, ops.convert_to_tensor(self.topology.mask))

@@ -229,6 +229,71 @@ def test_a_wrong_assignment_changes_nothing():
     assert np.array_equal(mask, array(weight.topology.mask))
 
 
+def plain(units=8):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(units, name="a"), layers.Dense(2)])
+    return kso.sparsify(model, 0.5)
+
+
+def test_a_step_compiled_under_another_optimizer_follows_a_new_mask():
+    """On JAX the mask is a constant of that step."""
+    model = plain()
+    model.compile("adam", "mse")
+    x, y = np.random.rand(8, 6).astype("float32"), np.random.rand(8, 2)
+    model.fit(x, y, verbose=0)
+    weight = kso.sparse_weights(model)[0]
+    new = ~array(weight.topology.mask)
+    kso.set_mask(weight, new)
+    model.fit(x, y, epochs=3, verbose=0)
+    assert not array(weight)[~new].any() and array(weight)[new].any()
+
+
+def test_eager_steps_of_another_optimizer_are_held():
+    model = plain()
+    optimizer = keras.optimizers.SGD(0.1)
+    variables = model.trainable_variables
+    for _ in range(2):
+        optimizer.apply([ops.ones(v.shape) for v in variables], variables)
+    for weight in kso.sparse_weights(model):
+        mask = array(weight.topology.mask)
+        assert not array(weight)[~mask].any() and array(weight)[mask].all()
+
+
+def test_a_file_of_a_model_that_was_frozen_after_training(tmp_path):
+    model = plain()
+    model.compile(kso.SparseOpt("sgd"), "mse")
+    x, y = np.random.rand(8, 6).astype("float32"), np.random.rand(8, 2)
+    model.fit(x, y, verbose=0)
+    model.get_layer("a").trainable = False
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    kso.strip(loaded)
+    sparsities = kso.masks_from_zeros(loaded, include="a")
+    assert list(sparsities.values()) == [w.topology.sparsity for w in kso.sparse_weights(model)]
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called on layer 'net'")  # Keras' own, of such
+def test_layers_that_only_training_calls_need_not_be_built():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.augment, self.head = layers.RandomFlip(), layers.Dense(3)
+
+        def call(self, x, training=False):
+            x = self.augment(x) if training else x
+            return self.head(layers.Flatten()(x))
+
+    net = Net()
+    net(np.ones((2, 4, 4, 1), "float32"))
+    assert len(kso.sparse_weights(kso.sparsify(net, 0.5))) == 1
+
+
+def test_a_callback_may_be_evaluated_first():
+    model = network()
+    x, y = data()
+    model.evaluate(x, y, verbose=0, callbacks=[kso.RigL()])
+
+
 def test_moved_weights_are_told(capsys):
     model = network()
     weight = kso.sparse_weights(model)[0]

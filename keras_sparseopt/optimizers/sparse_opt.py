@@ -90,10 +90,6 @@ class Lease:
         self.averaging = averaging
         self._end = weakref.finalize(self, _give_back, weakref.ref(optimizer), averaging)
 
-    @property
-    def is_open(self):
-        return self._end.alive
-
     def gradient(self, variable):
         """The dense gradient kept for one sparse weight, all-reduced over replicas.
 
@@ -262,9 +258,15 @@ class SparseOpt(WrapperOptimizer):
     def _attach_saved(self, variables):
         for saved in self._sparse.saved_topologies:
             saved = dict(saved)
-            variable = variables[saved.pop("index")]
+            index, shape = saved.pop("index"), tuple(saved.pop("shape"))
+            variable = variables[index] if index < len(variables) else None
+            if variable is None or tuple(variable.shape) != shape:
+                raise ValueError(
+                    "The optimizer's file belongs to other variables: a mask is for variable "
+                    f"{index} of shape {shape}. Received: {len(variables)} variables"
+                )
             if topology_of(variable) is None:
-                attach(variable, np.ones(variable.shape, bool), **saved)
+                attach(variable, np.ones(shape, bool), **saved)
 
     def _adopt(self, index, position, variable, slots):
         topology, name = variable.topology, variable.path.replace("/", "_")
@@ -465,6 +467,10 @@ class SparseOpt(WrapperOptimizer):
             weight.topology.settle()
         self._take_masks(explores=False)
 
+    def budget_of(self, topology):
+        """The active weights that a mask was given: int."""
+        return int(host(self.budgets)[self.weight_of(topology.variable).index])
+
     def set_budget(self, topology):
         """What is active now is what the mask was given."""
         budgets = np.array(host(self.budgets))
@@ -503,7 +509,7 @@ class SparseOpt(WrapperOptimizer):
             for index, facts in found.items()
         }
 
-    def update_compiled(self, updates, gradient_of, key, keeps_budget):
+    def update_compiled(self, updates, gradient_of, key, keeps_budget, donates):
         """Change masks where the variables are; nothing comes to the host.
 
         Args:
@@ -514,16 +520,20 @@ class SparseOpt(WrapperOptimizer):
             key: Hashable; with the same key the functions are the same for weights whose topologies
                 are alike, and compiled once for each shape.
             keeps_budget: Bool, whether the masks' budgets stay as they are.
+            donates: Bool, whether JAX may give the memory of the variables to their new values, as
+                Keras' `fit` does.
         """
         initial = self.has_not_stepped()
         changed, active = [], {}
         for weight, new_mask, numbers in updates:
             topology, has_scale = weight.topology, weight.scale is not None
             alike = topology.neuron_axes, topology.input_axes, topology.skew_correction, has_scale
-            name = key, alike, initial
+            name = key, alike, initial, donates
             program = self._sparse.programs.get(name)
             if program is None:
-                program = compiled(self.mover(weight, new_mask, initial), donate=(0,))
+                program = compiled(
+                    self.mover(weight, new_mask, initial), donate=(0,) if donates else ()
+                )
                 self._sparse.programs[name] = program
             moving = [weight.variable, *weight.slots, weight.explored]
             state = [ops.convert_to_tensor(variable) for variable in moving]
@@ -712,17 +722,21 @@ class SparseOpt(WrapperOptimizer):
         }
         saved = self._sparse.saved_topologies
         if self.weights:
+            # As Keras will build the loaded one: without what was frozen since.
+            trained = keras_internals.trained_variables(self)
+            position = {id(v): i for i, v in enumerate(v for v in trained if v.trainable)}
             saved = [
                 {
-                    "index": index,
+                    "index": position[id(weight.variable)],
+                    "shape": list(weight.variable.shape),
                     "neuron_axes": list(weight.topology.neuron_axes),
                     "input_axes": list(weight.topology.input_axes),
                     "skew_correction": weight.topology.skew_correction,
                     "name": weight.topology.name,
                     "feeds": weight.topology.feeds,
                 }
-                for index, weight in self._sparse.weights.items()
-                if weight.topology.is_attached
+                for weight in self.weights
+                if weight.topology.is_attached and weight.variable.trainable
             ]
         if saved:
             config["topologies"] = list(saved)

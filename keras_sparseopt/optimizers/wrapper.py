@@ -132,7 +132,8 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
         if len(store.keys()) != len(own):
             warnings.warn(
                 f"Skipping variable loading for optimizer '{self.name}': it has "
-                f"{len(own)} variables of its own, the file {len(store.keys())}.",
+                f"{len(own)} variables of its own, the file {len(store.keys())}. Where masks were "
+                "in it, take them from the weights: keras_sparseopt.masks_from_zeros(model).",
                 stacklevel=2,
             )
             return
