@@ -453,10 +453,8 @@ def masks_from_zeros(model, include=(), exclude=()):
     for variable in sparse_weights(model):
         set_mask(variable, _nonzero(variable))
     _attach_all(model, new, [_nonzero(kernel.variable) for kernel in new], "auto")
-    sparsities = {}
-    for variable in sparse_weights(model):
-        sparsities[variable.topology.name] = 1.0 - float(host(variable.topology.mask).mean())
-    return sparsities
+    topologies = [variable.topology for variable in sparse_weights(model)]
+    return {topology.name: topology.sparsity for topology in topologies}
 
 
 def _nonzero(variable):

@@ -20,6 +20,7 @@ from keras_sparseopt.backend import (
     init_scope,
     summed_over_replicas,
 )
+from keras_sparseopt.checks import check_bool
 from keras_sparseopt.devices import check_optimizer, check_strategy
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
 from keras_sparseopt.topology import attach, own_constraint, topology_of
@@ -198,12 +199,8 @@ class SparseOpt(WrapperOptimizer):
     def __init__(
         self, inner_optimizer, skew_correction=True, renormalize=False, name=None, topologies=None
     ):
-        for argument, value in (
-            ("skew_correction", skew_correction),
-            ("renormalize", renormalize),
-        ):
-            if not isinstance(value, bool):
-                raise ValueError(f"`{argument}` must be a bool. Received: {argument}={value!r}")
+        check_bool("skew_correction", skew_correction)
+        check_bool("renormalize", renormalize)
         super().__init__(inner_optimizer, name=name)
         check_strategy(self)
         self.skew_correction = skew_correction
