@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import keras_internals, masks
+from keras_sparseopt.checks import check_bool
 from keras_sparseopt.initializers import SparseHeNormal
 from keras_sparseopt.topology import Topology, einsum_neuron_axes
 
@@ -28,10 +29,7 @@ class SparseLayer(keras.layers.Layer):
             isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
         ):
             raise ValueError(f"`seed` must be a non-negative int or None. Received: seed={seed!r}")
-        if not isinstance(skew_correction, bool):
-            raise ValueError(
-                f"`skew_correction` must be a bool. Received: skew_correction={skew_correction!r}"
-            )
+        check_bool("skew_correction", skew_correction)
         for refused in ("lora_rank", "lora_alpha", "quantization_config"):
             if kwargs.get(refused) is not None:
                 raise ValueError(
