@@ -163,6 +163,29 @@ def test_loading_weights_into_a_training_model_moves_the_slots(tmp_path):
     assert_invariants(model)
 
 
+# Keras' own remarks on its old format, and on what it did not restore.
+def test_legacy_h5_files_say_that_they_hold_no_optimizer(tmp_path):
+    def save(model):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(kso.SparseOpt("sgd"), loss)
+        model.fit(*data(), verbose=0)
+        model.save(tmp_path / "m.h5")
+
+    attached = keras.Sequential([keras.Input((12,)), keras.layers.Dense(8), keras.layers.Dense(3)])
+    save(kso.sparsify(attached, 0.5))
+    with pytest.raises(ValueError, match="legacy `.h5` file. Save as `.keras`; or load with"):
+        keras.models.load_model(tmp_path / "m.h5")
+    restored = keras.models.load_model(tmp_path / "m.h5", compile=False)
+    kso.masks_from_zeros(restored)
+    assert all(np.array_equal(a, b) for a, b in zip(masks_of(restored), masks_of(attached)))
+
+    save(make())
+    with pytest.warns(UserWarning, match="built for no variables.*legacy `.h5` file"):
+        restored = keras.models.load_model(tmp_path / "m.h5")
+    train(compiled(restored, kso.SparseOpt("sgd")), "RigL", 0, 1)
+    assert_invariants(restored)
+
+
 def test_dense_file_is_refused_with_the_way_out(tmp_path):
     layer = kso.SparseDense(3)
     layer.build((None, 4))

@@ -244,7 +244,14 @@ class SparseOpt(WrapperOptimizer):
             if all(_is_initialized(weight) for weight in self.weights):
                 self._take_masks(explores=True)
                 self.budgets.assign(np.array([w.topology.num_active() for w in self.weights]))
-        if not sparse:
+        if not variables:
+            warnings.warn(
+                "SparseOpt was built for no variables: all are frozen, or the model comes from a "
+                "legacy `.h5` file, of which Keras does not restore the optimizer. Compile it "
+                "with a new one.",
+                stacklevel=2,
+            )
+        elif not sparse:
             warnings.warn(
                 "SparseOpt found no sparse weight among the trainable variables and acts as "
                 "the inner optimizer alone. Convert the model with "
@@ -253,6 +260,12 @@ class SparseOpt(WrapperOptimizer):
             )
 
     def _attach_saved(self, variables):
+        if self._sparse.saved_topologies and not variables:
+            raise ValueError(
+                "The masks of this model are in its optimizer, which Keras does not restore from "
+                "a legacy `.h5` file. Save as `.keras`; or load with compile=False, take the "
+                "masks from the zeros with keras_sparseopt.masks_from_zeros(model), and compile."
+            )
         for saved in self._sparse.saved_topologies:
             saved = dict(saved)
             index, shape = saved.pop("index"), tuple(saved.pop("shape"))
