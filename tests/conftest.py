@@ -1,10 +1,21 @@
+import gc
 import os
+import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The suite compiles far longer than it computes, and the same programs several times. What it
+# starts inherits this.
+for setting, value in {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(setting, value)
 
-import hypothesis
-import keras
-import pytest
+import hypothesis  # noqa: E402
+import keras  # noqa: E402
+import pytest  # noqa: E402
 
 BACKEND = keras.backend.backend()
 
@@ -12,6 +23,8 @@ BACKEND = keras.backend.backend()
 # --hypothesis-profile=default.
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
+
+gc.freeze()  # `clear_session` collects garbage: not among all that was imported
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,7 @@ def imagenet(tmp_path_factory):
 
 
 @pytest.mark.backend("tensorflow")  # JAX: the same program, tried by hand
-def test_imagenet_resnet50_on_two_devices(imagenet, tmp_path):
+def test_imagenet_example_on_two_devices(imagenet, tmp_path):
     """Trains an epoch, dies, and by the same command trains the other one."""
     program = pathlib.Path(__file__).parent / "programs" / "imagenet.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -103,7 +103,7 @@ def test_imagenet_resnet50_on_two_devices(imagenet, tmp_path):
     (run,) = tmp_path.iterdir()
     results = json.loads((run / "results.json").read_text())
     assert len(results["history"]["val_accuracy"]) == 2 and results["replicas"] == 2
-    assert results["history"]["sparsity"][-1] == pytest.approx(0.95, abs=1e-6)
+    assert results["history"]["sparsity"][-1] == pytest.approx(0.95, abs=1e-4)
     assert list((run / "tensorboard").rglob("events*"))
 
 

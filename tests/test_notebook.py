@@ -29,7 +29,7 @@ def test_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     if keras.backend.backend() == "jax":  # as on a TPU: several devices
-        monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

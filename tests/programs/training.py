@@ -27,7 +27,7 @@ if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         two = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(cpu, two)
 elif ARGS.strategy == "mirrored":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
