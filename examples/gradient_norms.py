@@ -24,7 +24,7 @@ from record import facts
 from sklearn.datasets import load_digits
 
 import keras_sparseopt as kso
-from keras_sparseopt.masks import random_mask
+from keras_sparseopt.masks import num_active, random_mask
 
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 WIDTH = 256
@@ -80,7 +80,8 @@ def gradient_rms(hidden, normalization, seed, sparsities, data):
         for index, (layer, weights) in enumerate(zip(layers, dense)):
             kso.set_mask(layer, np.ones(weights.shape, bool))
             layer.kernel.assign(weights)
-            kso.set_mask(layer, random_mask(weights.shape, sparsity, [seed, index]))
+            count = num_active(weights.size, sparsity)
+            kso.set_mask(layer, random_mask(weights.shape, count, [seed, index]))
         model.train_on_batch(*data)
         gradient = keras.ops.convert_to_numpy(lease.gradient(layers[0].kernel))
         mask = keras.ops.convert_to_numpy(layers[0].kernel_mask)

@@ -40,6 +40,7 @@ from keras_sparseopt.methods import GMP, SET, SNFS, GraNet, RigL, SRigL, Static
 from keras_sparseopt.monitors import GradientFlow
 from keras_sparseopt.optimizers import HAM, SparseOpt
 from keras_sparseopt.reporting import report
+from keras_sparseopt.structures import NM, Block, ConstantFanIn, Unstructured
 from keras_sparseopt.topology import sparse_layers, sparse_weights
 
 __version__ = "0.1.0"
@@ -47,8 +48,11 @@ __version__ = "0.1.0"
 __all__ = [
     "GMP",
     "HAM",
+    "NM",
     "SET",
     "BackupAndRestore",
+    "Block",
+    "ConstantFanIn",
     "DynamicSparseTraining",
     "GraNet",
     "GradientFlow",
@@ -63,6 +67,7 @@ __all__ = [
     "SparseHeNormal",
     "SparseOpt",
     "Static",
+    "Unstructured",
     "assert_replicas_agree",
     "connectivity",
     "drop_and_grow",

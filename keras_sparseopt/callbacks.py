@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import keras_internals, masks
+from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import IS_TENSORFLOW, are_on_host, freed, host
 from keras_sparseopt.checks import (
     check_bool,
@@ -28,6 +28,7 @@ from keras_sparseopt.devices import (
     use_step,
 )
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
+from keras_sparseopt.structures import units_of
 from keras_sparseopt.topology import is_named
 
 NO_GRADIENT = (
@@ -174,6 +175,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             gradient: Array of the dense gradient, for a method with `uses_gradient`; else `None`.
             update: What else is known: `update.step`, the optimizer step; `update.index`, the
                 weight's position among all; `update.num_update` and what else `plan` says;
+                `update.units`, the choices that the structure of the mask allows (`Units`);
                 `update.neuron_axes`, `update.input_axes` and `update.skew_correction` of its
                 topology.
 
@@ -199,14 +201,14 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             Bool array of the weight's shape.
         """
         scores = self.scores(weight, mask, gradient, update)
-        return masks.drop_and_grow(weight, mask, scores, update.num_update)
+        return update.units.drop_and_grow(weight, mask, scores, update.num_update)
 
     def plan(self, weights, active):
         """What an update must know of all weights together, before any of them changes.
 
         Args:
             weights: List of the optimizer's `Weight`s that will be updated.
-            active: List of ints, their active weights.
+            active: List of ints, their active units.
 
         Returns:
             List of dicts of numbers, which become attributes of `update`.
@@ -404,7 +406,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             for weight, variables, gradient, is_written in zip(weights, moving, gradients, written):
                 values = [ops.convert_to_tensor(v) for v in variables]
                 state, mask = values[: 2 + len(weight.slots)], values[2 + len(weight.slots)]
-                number = ops.floor(ops.cast(masks.count(mask), "float32") * fraction)
+                active_units = weight.topology.units.num_active(mask)
+                number = ops.floor(ops.cast(active_units, "float32") * fraction)
                 # A layer that no loss depends on keeps its topology.
                 number = ops.where(is_written, ops.cast(number, "int32"), 0)
                 facts = {"num_update": number, "step": step, "index": weight.index}
@@ -503,7 +506,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                     "the masks stay as they are."
                 )
                 return
-        plan = self.plan(weights, [facts[weight.index]["active"] for weight in weights])
+        plan = self.plan(weights, [weight.topology.num_active_units() for weight in weights])
         plan = [
             {"step": self._step, "index": weight.index, **numbers}
             for weight, numbers in zip(weights, plan)
@@ -558,13 +561,18 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def _ranking(self, weight):
         """`new_mask`, as a function of arrays and numbers only; the same for weights alike."""
+        topology = weight.topology
+        structure = topology.structure
         known = {
-            name: getattr(weight.topology, name)
+            name: getattr(topology, name)
             for name in ("neuron_axes", "input_axes", "skew_correction")
         }
 
         def rank(value, mask, gradient, numbers):
-            update = types.SimpleNamespace(**known, **numbers)
+            units = units_of(
+                structure, tuple(mask.shape), known["neuron_axes"], known["input_axes"]
+            )
+            update = types.SimpleNamespace(units=units, **known, **numbers)
             return self.new_mask(value, mask, gradient, update)
 
         return rank

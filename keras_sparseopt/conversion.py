@@ -13,6 +13,7 @@ from keras_sparseopt.backend import host
 from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.graph import Following
 from keras_sparseopt.initializers import SparseHeNormal
+from keras_sparseopt.structures import as_structure
 from keras_sparseopt.topology import (
     attach,
     detach,
@@ -37,7 +38,15 @@ _DISTRIBUTIONS = {
 
 
 def sparsify(
-    model, sparsity, distribution="erk", include=(), exclude=(), *, skew_correction="auto", seed=0
+    model,
+    sparsity,
+    distribution="erk",
+    include=(),
+    exclude=(),
+    *,
+    structure=None,
+    skew_correction="auto",
+    seed=0,
 ):
     """Make a model sparse, in place: random, exact masks hang on its weights.
 
@@ -65,6 +74,10 @@ def sparsify(
             pattern, such as `"block1_*"`, of a layer (with all inside of it) or of a weight's path;
             a layer; a layer class; a predicate `layer → bool`; a Keras variable.
         exclude: What to leave dense, by the same rules. It outranks `include`.
+        structure: `Structure` of the masks, such as `Block(4, 1)`, `NM(2, 4)` or
+            `ConstantFanIn()`; a dict from rule to structure, where what no rule names is
+            unstructured; or `None` (default): unstructured. Sparsities are rounded to what it can
+            express; weights under `NM` have its sparsity, whatever the distribution.
         skew_correction: Which weights `SparseOpt` may correct. `"auto"` (default): those that feed
             a normalization (through bias, activation, padding, pooling, reshape, addition or
             concatenation), read off the model's graph; inside of layers and of subclassed models,
@@ -77,8 +90,9 @@ def sparsify(
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: For a wrong argument, a rule that matches nothing, a model that is not built, or
-            if nothing is left to mask. The model has not changed then.
+        ValueError: For a wrong argument, a rule that matches nothing, a sparsity that a structure
+            cannot express, a model that is not built, or if nothing is left to mask. The model has
+            not changed then.
 
     Example:
 
@@ -104,7 +118,8 @@ def sparsify(
         raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed!r}")
     _check_not_training(model)
     chosen = maskable(model, include, exclude)
-    kernels, counts = _active_counts(model, chosen, sparsity, distribution)
+    structures = _structures(model, chosen, structure)
+    kernels, counts = _active_counts(model, chosen, sparsity, distribution, structures)
     if not kernels:
         raise ValueError(
             "Nothing is left to mask: the model has no kernel that is trainable, dense and "
@@ -113,8 +128,9 @@ def sparsify(
     drawn = []
     for position, (kernel, count) in enumerate(zip(kernels, counts)):
         own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
-        drawn.append(masks.random_mask(kernel.variable.shape, 1 - count / kernel.size, own_seed))
-    _attach_all(model, kernels, drawn, skew_correction)
+        units = kernel.units(structures[id(kernel.variable)])
+        drawn.append(units.random_mask(units.nearest(count), own_seed))
+    _attach_all(model, kernels, drawn, skew_correction, structures)
     if not exclude and not isinstance(distribution, dict):
         _warn_if_mostly_dense(model)
     return model
@@ -134,7 +150,18 @@ def stays_dense(kernel):
     return kernel.why_not or ("" if kernel.variable.trainable else "frozen")
 
 
-def _attach_all(model, kernels, drawn, skew_correction):
+def _structures(model, kernels, structure):
+    """The structure of each kernel, by the id of its variable."""
+    rules = structure if isinstance(structure, dict) else {}
+    default = as_structure(None if isinstance(structure, dict) else structure)
+    found = {id(kernel.variable): default for kernel in kernels}
+    for rule, own in rules.items():
+        named = _matched(model, kernels, "structure", rule)
+        found |= dict.fromkeys(named, as_structure(own))
+    return found
+
+
+def _attach_all(model, kernels, drawn, skew_correction, structures):
     for kernel in kernels:
         if kernel.size > masks.MAX_KERNEL_SIZE:
             raise ValueError(
@@ -156,7 +183,7 @@ def _attach_all(model, kernels, drawn, skew_correction):
         variable.assign(values)
         topology = attach(
             variable, mask, kernel.neuron_axes, kernel.input_axes, correct,
-            _name(model, variable), normalization,
+            _name(model, variable), normalization, structures[id(variable)],
         )  # fmt: skip
         topology.belong_to(model)
     # A step that was compiled before does not know of the masks.
@@ -255,7 +282,7 @@ def _layers_around(model, kernel):
     ]
 
 
-def _active_counts(model, kernels, sparsity, distribution):
+def _active_counts(model, kernels, sparsity, distribution, structures):
     """The kernels to mask, and the number of active weights of each."""
     if isinstance(distribution, dict):
         sparsity_of: dict[int, float] = {}
@@ -271,21 +298,28 @@ def _active_counts(model, kernels, sparsity, distribution):
             named = _matched(model, kernels, "distribution", rule)
             sparsity_of |= dict.fromkeys(named, value)
         kernels = [k for k in kernels if id(k.variable) in sparsity_of]
+        for kernel in kernels:
+            structures[id(kernel.variable)].check_sparsity(sparsity_of[id(kernel.variable)])
         return kernels, [masks.num_active(k.size, sparsity_of[id(k.variable)]) for k in kernels]
     if not isinstance(distribution, str) or distribution not in _DISTRIBUTIONS:
         raise ValueError(
             f"`distribution` must be one of {sorted(_DISTRIBUTIONS)} or a dict from rule "
             f"to sparsity. Received: distribution={distribution!r}"
         )
+    for structure in structures.values():
+        structure.check_sparsity(sparsity)
     if distribution == "uniform":
         first = next((k for k in kernels if isinstance(k.layer, _CONVOLUTIONS)), None)
         kernels = [k for k in kernels if k is not first]
         return kernels, [masks.num_active(k.size, sparsity) for k in kernels]
-    if not kernels:
-        return [], []
-    shapes = [kernel.shape for kernel in kernels]
-    sparsities = _DISTRIBUTIONS[distribution](shapes, sparsity)
-    return kernels, distributions.exact_counts(shapes, sparsities, sparsity)
+    counts = {id(k.variable): masks.num_active(k.size, sparsity) for k in kernels}
+    together = [k for k in kernels if structures[id(k.variable)].shares_a_budget]
+    if together:
+        shapes = [kernel.shape for kernel in together]
+        sparsities = _DISTRIBUTIONS[distribution](shapes, sparsity)
+        exact = distributions.exact_counts(shapes, sparsities, sparsity)
+        counts |= {id(kernel.variable): count for kernel, count in zip(together, exact)}
+    return kernels, [counts[id(kernel.variable)] for kernel in kernels]
 
 
 # ---------------------------------------------------------------------- and back
@@ -380,7 +414,8 @@ def set_mask(target, mask):
 
     Raises:
         TypeError: If `target` is neither.
-        ValueError: If the layer is not built, or the mask has the wrong shape or dtype.
+        ValueError: If the layer is not built, or the mask has the wrong shape or dtype, or has not
+            the weight's structure.
 
     Example:
 
@@ -407,13 +442,13 @@ def set_mask(target, mask):
             f"Received: target={target!r}"
         )
     topology = variables[0].topology
-    mask = masks.check_mask(mask, topology.variable.shape)
+    mask = topology.check_mask(mask)
     topology.change(mask)
     for optimizer in topology.optimizers:
         optimizer.set_budget(topology)
 
 
-def masks_from_zeros(model, include=(), exclude=()):
+def masks_from_zeros(model, include=(), exclude=(), *, structure=None):
     """Take the topology of an already sparse checkpoint: weights that are 0 become inactive.
 
     For a model that was pruned elsewhere, or saved without its optimizer. Weights that have no mask
@@ -423,13 +458,16 @@ def masks_from_zeros(model, include=(), exclude=()):
     Args:
         model: Built Keras model.
         include, exclude: As in `sparsify`.
+        structure: As in `sparsify`. The mask is the smallest one that has the structure, with all
+            weights active that are not 0.
 
     Returns:
         Dict from the name of each sparse weight to its sparsity.
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: For a wrong argument, or if there is nothing to mask.
+        ValueError: For a wrong argument, zeros that do not fit the structure, or if there is
+            nothing to mask. The model has not changed then.
 
     Example:
 
@@ -450,16 +488,24 @@ def masks_from_zeros(model, include=(), exclude=()):
         raise ValueError(
             f"Nothing is left to mask in '{model.name}'. Received: exclude={exclude!r}"
         )
-    for variable in sparse_weights(model):
-        set_mask(variable, _nonzero(variable))
-    _attach_all(model, new, [_nonzero(kernel.variable) for kernel in new], "auto")
+    structures = _structures(model, new, structure)
+    own = [(v, _from_zeros(v, v.topology.units)) for v in sparse_weights(model)]
+    found = [_from_zeros(k.variable, k.units(structures[id(k.variable)])) for k in new]
+    for variable, mask in own:
+        set_mask(variable, mask)
+    _attach_all(model, new, found, "auto", structures)
     topologies = [variable.topology for variable in sparse_weights(model)]
     return {topology.name: topology.sparsity for topology in topologies}
 
 
-def _nonzero(variable):
+def _from_zeros(variable, units):
     nonzero = host(variable) != 0
-    return nonzero if nonzero.any() else np.ones_like(nonzero)
+    if not nonzero.any():
+        return np.ones_like(nonzero)
+    try:
+        return units.smallest(nonzero)
+    except ValueError as error:
+        raise ValueError(f"The zeros of '{variable.path}' are in other places: {error}") from None
 
 
 def masked_share(model):

@@ -22,10 +22,11 @@ def layer_costs(model):
 
     Returns:
         List of dicts with `name` (of the layer; unique for sparse ones), `path` (of the weight),
-        `type` (of the layer), `shape`, `sparsity`, `active_weights`, `weights`, `dense_because`
-        (string, `""` for a sparse weight), `skew_correction` (bool, `None` for a dense weight),
-        `normalization` (that it feeds, or `None`), `moved` (inactive weights that are not 0),
-        `flops_dense`, `flops_sparse` (ints or `None`).
+        `type` (of the layer), `shape`, `sparsity`, `active_weights`, `weights`, `structure`
+        (string, `None` for a dense weight), `dense_because` (string, `""` for a sparse weight),
+        `skew_correction` (bool, `None` for a dense weight), `normalization` (that it feeds, or
+        `None`), `moved` (inactive weights that are not 0), `flops_dense`, `flops_sparse` (ints or
+        `None`).
 
     Example:
 
@@ -61,6 +62,7 @@ def layer_costs(model):
                 "sparsity": 1.0 - active / kernel.size,
                 "active_weights": active,
                 "weights": kernel.size,
+                "structure": None if topology is None else str(topology.structure),
                 "dense_because": why,
                 "skew_correction": None if topology is None else topology.skew_correction,
                 "normalization": feeds or None,
@@ -115,7 +117,7 @@ def summary(model, print_fn=print):
     ```
     """
     rows = layer_costs(model)
-    header = ("weight", "kernel", "sparsity", "active / all", "feeds normalization",
+    header = ("weight", "kernel", "sparsity", "active / all", "structure", "feeds normalization",
               "corrected", "FLOPs dense", "FLOPs sparse")  # fmt: skip
 
     def line(row):
@@ -126,6 +128,7 @@ def summary(model, print_fn=print):
             "×".join(map(str, row["shape"])),
             dense if row["skew_correction"] is None else f"{row['sparsity']:.4f}",
             f"{row['active_weights']:,} / {row['weights']:,}",
+            row["structure"] or "–",
             row["normalization"] or "no",
             corrected,
             _si(row["flops_dense"]),

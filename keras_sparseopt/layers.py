@@ -11,6 +11,7 @@ from keras import ops
 from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.checks import check_bool
 from keras_sparseopt.initializers import SparseHeNormal
+from keras_sparseopt.structures import as_structure, structure_config, units_of
 from keras_sparseopt.topology import Topology, einsum_neuron_axes
 
 # The masked kernels of the layers that are being called in this thread, by layer.
@@ -20,7 +21,9 @@ _calling = threading.local()
 class SparseLayer(keras.layers.Layer):
     """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
 
-    def __init__(self, *args, sparsity=0.0, seed=None, skew_correction=True, **kwargs):
+    def __init__(
+        self, *args, sparsity=0.0, seed=None, skew_correction=True, structure=None, **kwargs
+    ):
         if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
             raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
         if not 0.0 <= sparsity < 1.0:
@@ -30,6 +33,8 @@ class SparseLayer(keras.layers.Layer):
         ):
             raise ValueError(f"`seed` must be a non-negative int or None. Received: seed={seed!r}")
         check_bool("skew_correction", skew_correction)
+        structure = as_structure(structure)
+        structure.check_sparsity(sparsity)
         for refused in ("lora_rank", "lora_alpha", "quantization_config"):
             if kwargs.get(refused) is not None:
                 raise ValueError(
@@ -45,6 +50,7 @@ class SparseLayer(keras.layers.Layer):
             )
         self._initial_sparsity = float(sparsity)
         self._skew_correction = skew_correction
+        self._structure = structure
         self._config_seed = None if seed is None else int(seed)
         # Python's generator, as Keras initializers do, so that
         # `keras.utils.set_random_seed` makes unseeded layers reproducible.
@@ -66,7 +72,10 @@ class SparseLayer(keras.layers.Layer):
                 f"Received: shape={shape} in layer '{self.name}'"
             )
         neuron_axes = self._find_neuron_axes(len(shape))
-        mask = masks.random_mask(shape, self._initial_sparsity, self._seed)
+        input_axes = self._find_input_axes(len(shape))
+        units = units_of(self._structure, shape, neuron_axes, input_axes)
+        count = masks.num_active(math.prod(shape), self._initial_sparsity)
+        mask = units.random_mask(units.nearest(count), self._seed)
         initializer = kwargs["initializer"]
 
         def sparse_initializer(shape, dtype):
@@ -91,8 +100,8 @@ class SparseLayer(keras.layers.Layer):
         )
         keras_internals.follow_layout(self.kernel_mask, of=kernel)
         kernel.topology = self.kernel_mask.topology = Topology(
-            kernel, self.kernel_mask, neuron_axes, self._find_input_axes(len(shape)),
-            self._skew_correction, self.name, is_attached=False,
+            kernel, self.kernel_mask, neuron_axes, input_axes, self._skew_correction, self.name,
+            structure=self._structure, is_attached=False,
         )  # fmt: skip
         keras_internals.tell(self.kernel_mask)
         return kernel
@@ -148,6 +157,7 @@ class SparseLayer(keras.layers.Layer):
             "sparsity": self._initial_sparsity,
             "seed": self._config_seed,
             "skew_correction": self._skew_correction,
+            "structure": structure_config(self._structure),
         }
 
     def save_own_variables(self, store):
@@ -187,6 +197,7 @@ class SparseLayer(keras.layers.Layer):
                 f"shape {shape}. Received: kernel_mask of dtype {mask.dtype} and shape "
                 f"{mask.shape}, kernel of shape {kernel.shape}"
             )
+        self._kernel.topology.check_mask(mask)
 
     def enable_lora(self, *args, **kwargs):
         raise NotImplementedError(
@@ -209,6 +220,8 @@ _SPARSE_ARGS = """sparsity: Float in [0, 1), the inactive fraction, defaults to 
         skew_correction: Bool, defaults to `True`. `False` excludes the layer from
             `SparseOpt`'s correction: right for a layer that does not feed a normalization
             layer, such as a classifier head.
+        structure: `Structure` of the mask, such as `Block(4, 1)`; `None` (default) for
+            `Unstructured()`. Sparsities are rounded to what it can express.
         **kwargs: Every other argument of `keras.layers.{base}`, except LoRA and
             quantization. `kernel_initializer="sparse_he_normal"` draws by each neuron's
             actual fan-in.
@@ -223,8 +236,8 @@ _SPARSE_ARGS = """sparsity: Float in [0, 1), the inactive fraction, defaults to 
     `{neuron}`
 
     Raises:
-        ValueError: For a wrong `sparsity`, `seed` or `skew_correction`, or for LoRA or
-            quantization arguments.
+        ValueError: For a wrong `sparsity`, `seed`, `skew_correction` or `structure`, a sparsity
+            that the structure cannot express, or for LoRA or quantization arguments.
 """
 
 _EXAMPLE = """

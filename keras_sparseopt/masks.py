@@ -19,12 +19,27 @@ from keras_sparseopt.backend import compiled, host, is_traced
 MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
 _SAMPLE = 2**14
 _PIECE = 2**16
-_LOWEST = -(2**31)  # below every key
+LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)  # below and above every key
 
 
 def on_host(*arrays):
     """Whether all arrays are NumPy's."""
     return all(isinstance(array, np.ndarray) for array in arrays)
+
+
+def xp_of(array):
+    """NumPy for its arrays and numbers, `keras.ops` for tensors."""
+    return np if isinstance(array, (np.ndarray, np.generic, int)) else ops
+
+
+def as_int(bools):
+    return bools.astype("int32") if on_host(bools) else ops.cast(bools, "int32")
+
+
+def as_float(values):
+    if on_host(values):
+        return values.astype("float32", copy=False)
+    return ops.cast(values, "float32")
 
 
 def fan_in_axes(rank, neuron_axes):
@@ -37,12 +52,12 @@ def num_active(size, sparsity):
     return max(1, round((1.0 - sparsity) * size))
 
 
-def random_mask(shape, sparsity, seed):
-    """Uniformly random mask with exactly `num_active(size, sparsity)` active weights.
+def random_mask(shape, count, seed):
+    """Uniformly random mask with exactly `count` active weights.
 
     Args:
         shape: Tuple of ints, the kernel's shape.
-        sparsity: Float in [0, 1), the inactive fraction.
+        count: Int.
         seed: Int or sequence of ints. The same seed and shape give the same mask
             on every machine and backend.
 
@@ -51,9 +66,7 @@ def random_mask(shape, sparsity, seed):
     """
     size = math.prod(shape)
     mask = np.zeros(size, dtype=bool)
-    positions = np.random.default_rng(seed).choice(
-        size, num_active(size, sparsity), replace=False, shuffle=False
-    )
+    positions = np.random.default_rng(seed).choice(size, count, replace=False, shuffle=False)
     mask[positions] = True
     return mask.reshape(shape)
 
@@ -69,12 +82,16 @@ def check_mask(mask, shape):
     return mask
 
 
+def count(mask, axes=None):
+    """Active weights of a mask, as int32; along axes, which are kept."""
+    if axes is None and on_host(mask):
+        return np.int32(np.count_nonzero(mask))
+    return xp_of(mask).sum(as_int(mask), axis=axes, keepdims=axes is not None)
+
+
 def neuron_counts(mask, neuron_axes):
     """Active weights of every neuron (int32, kept dims, broadcasts over the kernel)."""
-    axes = fan_in_axes(len(mask.shape), neuron_axes)
-    if on_host(mask):
-        return mask.sum(axis=axes, keepdims=True, dtype="int32")
-    return ops.sum(ops.cast(mask, "int32"), axis=axes, keepdims=True)
+    return count(mask, fan_in_axes(len(mask.shape), neuron_axes))
 
 
 def correction(mask, neuron_axes):
@@ -188,51 +205,40 @@ def _prune_on_host(weights, mask, count):
     return new.reshape(mask.shape)
 
 
-def _ranks(values):
-    """Rank of every value in its row, 0 for the largest, ties by lowest position."""
-    order = np.argsort(-values, axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(values.shape[1])[None, :], axis=1)
-    return ranks
+def _top_on_host(keys, k, axes):
+    if axes is None:
+        chosen = np.zeros(keys.size, bool)
+        chosen[largest(keys.ravel(), int(k))] = True
+        return chosen.reshape(keys.shape)
+    others = tuple(axis for axis in range(keys.ndim) if axis not in axes)
+    order = *others, *axes
+    rows = keys.transpose(order)
+    shape = [1 if axis in axes else size for axis, size in enumerate(keys.shape)]
+    k = np.broadcast_to(k, shape).transpose(order).reshape(rows.shape[: len(others)])
+    concerned = k > 0  # often few
+    some = rows[concerned]
+    flat = some.reshape(len(some), math.prod(keys.shape[axis] for axis in axes))
+    chosen = np.zeros(rows.shape, bool)
+    chosen[concerned] = _top_of_rows(flat, k[concerned]).reshape(some.shape)
+    return chosen.transpose(np.argsort(order))
 
 
-def _constant_fan_in_on_host(weights, mask, scores, num_update, budget, neuron_axes, needed):
-    axes = (*neuron_axes, *fan_in_axes(mask.ndim, neuron_axes))
-    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
-
-    def by_neuron(array):
-        return np.transpose(array, axes).reshape(neurons, -1)
-
-    kept = _prune_on_host(weights, mask, int(np.count_nonzero(mask)) - num_update)
-    scores = scores.astype("float32", copy=False)
-    salient = kept.copy()
-    salient.ravel()[largest(scores.ravel(), num_update)] = True
-    counts = by_neuron(salient).sum(axis=1)
-    kept, scores, magnitudes = by_neuron(kept), by_neuron(scores), np.abs(by_neuron(weights))
-    possible = kept.shape[1]
-    # The budget must fit into the neurons that remain, and give each at least one weight.
-    fewest, most = -(-budget // possible), min(neurons, budget)
-    remaining = min(max(int((counts >= needed).sum()), fewest), most)
-    strongest = largest(counts.astype("float32"), remaining)
-    fan_in = budget // remaining
-
-    kept_ranks = _ranks(np.where(kept, magnitudes, -1.0))
-    kept &= kept_ranks < fan_in
-    grown_ranks = _ranks(np.where(kept, -np.inf, scores))
-    new = kept | (grown_ranks < fan_in - kept.sum(axis=1, keepdims=True))
-    ablated = np.ones(neurons, dtype=bool)
-    ablated[strongest] = False
-    new[ablated] = False
-    shape = [mask.shape[axis] for axis in axes]
-    return np.transpose(new.reshape(shape), np.argsort(axes)).copy()
+def _top_of_rows(keys, k):
+    """The `k` largest of each row, a number for each, ties by lowest position."""
+    if not len(keys):
+        return np.zeros(keys.shape, bool)
+    size, most = keys.shape[1], min(int(k.max()), keys.shape[1])
+    best = np.sort(np.partition(keys, size - most, axis=1)[:, size - most :], axis=1)
+    threshold = np.take_along_axis(best, (most - np.minimum(k, most))[:, None], axis=1)
+    above, tied = keys > threshold, keys == threshold
+    wanted = k - np.count_nonzero(above, axis=1)
+    surplus = np.flatnonzero(np.count_nonzero(tied, axis=1) > wanted)
+    order = np.cumsum(tied[surplus], axis=1)
+    tied[surplus] &= order <= wanted[surplus, None]
+    return above | tied
 
 
 # ---------------------------------------------------------------------- compiled
-
-
-def count(mask):
-    """Active weights of a mask, as int32."""
-    return ops.sum(ops.cast(mask, "int32"))
 
 
 def _positions(shape):
@@ -246,19 +252,23 @@ def _positions(shape):
     return index
 
 
-def _keys(values):
-    """int32 in the order of the values as float32; NaN as −∞, −0 as 0."""
-    values = ops.cast(values, "float32")
-    values = ops.where(ops.isnan(values), -np.inf, values)
-    bits = ops.view(ops.where(values == 0, ops.zeros_like(values), values), "int32")
-    return ops.where(bits < 0, ops.bitwise_xor(bits, np.int32(2**31 - 1)), bits)
+def keys(values, free):
+    """int32 in the order of the values as float32, NaN as −∞, −0 as 0; `LOWEST` if not free."""
+    xp, values = xp_of(values), as_float(values)
+    values = xp.where(xp.isnan(values), np.float32(-np.inf), values)
+    bits = _bits(xp.where(values == 0, xp.zeros_like(values), values))
+    return xp.where(free, xp.where(bits < 0, xp.bitwise_xor(bits, HIGHEST), bits), LOWEST)
 
 
-def _magnitude_keys(weights, mask):
-    """Keys of |w| where active, NaN below all others; `_LOWEST` elsewhere."""
-    weights = ops.cast(weights, "float32")
-    bits = ops.where(ops.isnan(weights), np.int32(-1), ops.view(ops.abs(weights), "int32"))
-    return ops.where(mask, bits, np.int32(_LOWEST))
+def magnitude_keys(weights, mask):
+    """Keys of |w| where active, NaN below all others; `LOWEST` elsewhere."""
+    xp, weights = xp_of(weights), as_float(weights)
+    bits = xp.where(xp.isnan(weights), np.int32(-1), _bits(xp.abs(weights)))
+    return xp.where(mask, bits, LOWEST)
+
+
+def _bits(values):
+    return values.view("int32") if on_host(values) else ops.view(values, "int32")
 
 
 def _bisect(number_at, start, bits, is_too_high, is_exact):
@@ -296,7 +306,7 @@ def _top(groups, k, axes=None):
 
     k = ops.convert_to_tensor(k, "int32")
     zero = np.int32(0)
-    start = ops.where(total([g >= zero for g in groups]) >= k, zero, np.int32(_LOWEST))
+    start = ops.where(total([g >= zero for g in groups]) >= k, zero, LOWEST)
     threshold = _bisect(
         lambda t: total([g >= t for g in groups]), start, 31, lambda n: n < k, lambda n: n == k
     )
@@ -320,33 +330,13 @@ def _top(groups, k, axes=None):
 
 
 def _drop_and_grow_compiled(weights, mask, scores, num_update):
-    lowest = np.int32(_LOWEST)
-    (keep,) = _top([_magnitude_keys(weights, mask)], count(mask) - num_update)
-    (grow,) = _top([ops.where(keep, lowest, _keys(scores))], num_update)
+    (keep,) = _top([magnitude_keys(weights, mask)], count(mask) - num_update)
+    (grow,) = _top([keys(scores, ops.logical_not(keep))], num_update)
     return ops.logical_or(keep, grow)
 
 
 def _prune_compiled(weights, mask, number):
-    return _top([_magnitude_keys(weights, mask)], ops.minimum(number, count(mask)))[0]
-
-
-def _constant_fan_in_compiled(weights, mask, scores, num_update, budget, neuron_axes, needed):
-    axes, lowest = fan_in_axes(len(mask.shape), neuron_axes), np.int32(_LOWEST)
-    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
-    possible = math.prod(mask.shape) // neurons
-    magnitudes, scores = _magnitude_keys(weights, mask), _keys(scores)
-    kept = _prune_compiled(weights, mask, count(mask) - num_update)
-    (by_score,) = _top([scores], num_update)
-    counts = neuron_counts(ops.logical_or(kept, by_score), neuron_axes)
-    fewest = ops.floor_divide(budget + (possible - 1), possible)
-    most = ops.minimum(neurons, budget)
-    remaining = ops.minimum(ops.maximum(count(counts >= needed), fewest), most)
-    (strongest,) = _top([counts], remaining)
-    fan_in = ops.floor_divide(budget, remaining) * ops.ones_like(counts)
-    kept = ops.logical_and(kept, _top([ops.where(kept, magnitudes, lowest)], fan_in, axes)[0])
-    missing = fan_in - neuron_counts(kept, neuron_axes)
-    (grown,) = _top([ops.where(kept, lowest, scores)], missing, axes)
-    return ops.logical_and(ops.logical_or(kept, grown), strongest)
+    return _top([magnitude_keys(weights, mask)], ops.minimum(number, count(mask)))[0]
 
 
 # ---------------------------------------------------------------------- one name for both
@@ -430,6 +420,17 @@ def prune(weights, mask, count):
     return _prune_compiled(weights, mask, count)
 
 
+def top(keys, k, axes=None):
+    """The `k` largest of int32 keys as a bool array, ties by lowest position.
+
+    Args:
+        keys: int32 array.
+        k: int32, how many; an array that broadcasts over the keys, with `axes`.
+        axes: Tuple of ints, to rank along these axes only, or `None`.
+    """
+    return _top_on_host(keys, k, axes) if on_host(keys) else _top([keys], k, axes)[0]
+
+
 def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, needed):
     """SRigL's mask update: the same number of active weights for every neuron, or none.
 
@@ -440,6 +441,8 @@ def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, need
     fan_in  = floor(budget / remaining neurons)
     per remaining neuron: of keep at most fan_in by |w|, filled up by score
     ```
+
+    As many neurons remain as the budget needs, each with at least one weight.
 
     Args:
         weights: Float array, the kernel.
@@ -453,39 +456,20 @@ def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, need
     Returns:
         Bool array of the kernel's shape.
     """
-    arguments = weights, mask, scores, num_update, budget, neuron_axes, needed
-    if on_host(weights, mask, scores):
-        return _constant_fan_in_on_host(*arguments)
-    return _constant_fan_in_compiled(*arguments)
-
-
-def fit(weights, mask):
-    """The mask that follows weights which came from elsewhere: what is not 0 is active.
-
-    ```
-    mask = nonzero ∪ the first positions of the old mask that fill it up to its number, if any
-    ```
-
-    Args:
-        weights: Float array.
-        mask: Bool array of its shape.
-
-    Returns:
-        Tuple: how many weights are not 0 outside of the mask, how many are not 0, how many are
-        active, and the new mask.
-    """
-    if not on_host(weights, mask):
-        nonzero = ops.not_equal(weights, ops.cast(0, weights.dtype))
-        outside = count(ops.logical_and(nonzero, ops.logical_not(mask)))
-        keys = ops.where(nonzero, np.int32(2), ops.cast(mask, "int32"))
-        number = ops.maximum(count(mask), count(nonzero))
-        return outside, count(nonzero), count(mask), _top([keys], number)[0]
-    nonzero = weights != 0
-    outside = np.count_nonzero(nonzero & ~mask)
-    wanted, active = np.count_nonzero(nonzero), np.count_nonzero(mask)
-    if outside and wanted <= active:
-        nonzero.ravel()[np.flatnonzero(mask & ~nonzero)[: active - wanted]] = True
-    return np.asarray(outside), np.asarray(wanted), np.asarray(active), nonzero
+    xp, axes = xp_of(mask), fan_in_axes(len(mask.shape), neuron_axes)
+    neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
+    possible = math.prod(mask.shape) // neurons
+    magnitudes = magnitude_keys(weights, mask)
+    kept = prune(weights, mask, count(mask) - num_update)
+    salient = xp.logical_or(kept, top(keys(scores, True), num_update))
+    counts = neuron_counts(salient, neuron_axes)
+    fewest = xp.floor_divide(budget + (possible - 1), possible)
+    most = xp.minimum(neurons, budget)
+    remaining = xp.minimum(xp.maximum(count(counts >= needed), fewest), most)
+    fan_in = xp.where(top(counts, remaining), xp.floor_divide(budget, remaining), np.int32(0))
+    kept = xp.logical_and(kept, top(xp.where(kept, magnitudes, LOWEST), fan_in, axes))
+    missing = fan_in - neuron_counts(kept, neuron_axes)
+    return xp.logical_or(kept, top(keys(scores, xp.logical_not(kept)), missing, axes))
 
 
 def prune_together(weights, masks, number):
@@ -511,8 +495,8 @@ def prune_together(weights, masks, number):
 
 def _counts_together(weights, masks, number):
     total = sum(count(mask) for mask in masks)
-    keys = [_magnitude_keys(w, m) for w, m in zip(weights, masks)]
-    return [count(stays) for stays in _top(keys, ops.minimum(number, total))]
+    ranked = [magnitude_keys(w, m) for w, m in zip(weights, masks)]
+    return [count(stays) for stays in _top(ranked, ops.minimum(number, total))]
 
 
 _prune_together_compiled = compiled(_counts_together)

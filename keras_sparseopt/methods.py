@@ -17,6 +17,7 @@ from keras_sparseopt.checks import (
     check_patterns,
     is_schedule,
 )
+from keras_sparseopt.structures import ConstantFanIn
 from keras_sparseopt.topology import is_named
 
 
@@ -151,7 +152,7 @@ class SET(DynamicSparseTraining):
         super().__init__(update_every, drop_fraction, begin_step, end_step, seed, **schedule)
 
     def scores(self, weight, mask, gradient, update):
-        return masks.random_scores(mask, self.seed, update.index, update.step)
+        return update.units.random_scores(mask, self.seed, update.index, update.step)
 
 
 class Static(DynamicSparseTraining):
@@ -332,20 +333,25 @@ class GMP(DynamicSparseTraining):
 
     def plan(self, weights, active):
         sparsity = self.target_sparsity(self._step)
-        sizes = [math.prod(weight.variable.shape) for weight in weights]
-        if self.scope == "layer":
-            counts = [masks.num_active(size, sparsity) for size in sizes]
-        else:
-            number = masks.num_active(sum(sizes), sparsity)
-            read = host if are_on_host([w.variable for w in weights]) else ops.convert_to_tensor
-            values = [read(weight.variable) for weight in weights]
-            counts = masks.prune_together(
-                values, [read(weight.topology.mask) for weight in weights], number
+        sizes = {weight.index: math.prod(weight.variable.shape) for weight in weights}
+        counts = {index: masks.num_active(size, sparsity) for index, size in sizes.items()}
+        together = [w for w in weights if w.topology.structure.shares_a_budget]
+        if self.scope == "global" and together:
+            number = masks.num_active(sum(sizes[weight.index] for weight in together), sparsity)
+            read = host if are_on_host([w.variable for w in together]) else ops.convert_to_tensor
+            shares = masks.prune_together(
+                [read(weight.variable) for weight in together],
+                [read(weight.topology.mask) for weight in together],
+                number,
             )
-        return [{"count": min(count, now)} for count, now in zip(counts, active)]
+            counts |= {weight.index: share for weight, share in zip(together, shares)}
+        return [
+            {"count": min(weight.topology.units.nearest(counts[weight.index]), now)}
+            for weight, now in zip(weights, active)
+        ]
 
     def new_mask(self, weight, mask, gradient, update):
-        return masks.prune(weight, mask, update.count)
+        return update.units.prune(weight, mask, update.count)
 
 
 class GraNet(GMP):
@@ -411,12 +417,12 @@ class GraNet(GMP):
         return [{"count": count, **numbers} for count, numbers in zip(counts, replaced)]
 
     def new_mask(self, weight, mask, gradient, update):
-        pruned = masks.prune(weight, mask, update.count)
-        return masks.drop_and_grow(weight, pruned, abs(gradient), update.num_update)
+        pruned = update.units.prune(weight, mask, update.count)
+        return update.units.drop_and_grow(weight, pruned, abs(gradient), update.num_update)
 
 
 class SRigL(DynamicSparseTraining):
-    """SRigL: RigL with the same fan-in for every neuron of a layer; weak neurons are ablated.
+    """SRigL: RigL under a constant fan-in, whose weak neurons are ablated.
 
     ```
     budget  = active weights that the mask was given (by sparsify, set_mask, GMP, …)
@@ -427,11 +433,9 @@ class SRigL(DynamicSparseTraining):
     per remaining neuron: of keep at most `fan-in` by |w|, filled up by |g|
     ```
 
-    All neurons then amplify their gradient equally, so SparseOpt's correction has nothing left to
-    do, and the layer can be stored and multiplied densely. The first update gives any mask its
-    constant fan-in. Up to one weight per neuron of the budget stays unused. As many neurons remain
-    as the budget needs. An ablated neuron has no active weight; it returns if its weights become
-    salient again.
+    For masks with `structure=ConstantFanIn()`, and no others. Up to one weight per neuron of the
+    budget stays unused. As many neurons remain as the budget needs. An ablated neuron has no active
+    weight; it returns if its weights become salient again.
 
     Args:
         update_every, drop_fraction, begin_step, end_step: The schedule, see
@@ -445,7 +449,8 @@ class SRigL(DynamicSparseTraining):
             `DynamicSparseTraining`.
 
     Raises:
-        ValueError: As `DynamicSparseTraining`; or for a `min_salient` out of range.
+        ValueError: As `DynamicSparseTraining`; for a `min_salient` out of range; at the start of
+            training if a weight has another structure.
 
     Example:
 
@@ -454,14 +459,15 @@ class SRigL(DynamicSparseTraining):
     import numpy as np
     import keras_sparseopt as kso
 
-    model = keras.Sequential([keras.Input((20,)), kso.SparseDense(32, sparsity=0.8)])
+    model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(32)])
+    kso.sparsify(model, 0.8, structure=kso.ConstantFanIn())
     model.compile(optimizer=kso.SparseOpt("sgd"), loss="mse")
     model.fit(
         np.random.rand(64, 20), np.random.rand(64, 32), batch_size=8, verbose=0,
         callbacks=[kso.SRigL(update_every=2, min_salient=0.0)],
     )
-    fan_in = keras.ops.convert_to_numpy(model.layers[0].kernel_mask).sum(axis=0)
-    assert (fan_in == 4).all()
+    mask = keras.ops.convert_to_numpy(kso.sparse_weights(model)[0].topology.mask)
+    assert (mask.sum(axis=0) == 4).all()
     ```
 
     References:
@@ -486,6 +492,21 @@ class SRigL(DynamicSparseTraining):
         check_float("min_salient", min_salient, 0, 1)
         self.min_salient = float(min_salient)
         self.ablation_exclude = check_patterns("ablation_exclude", ablation_exclude or None) or ()
+
+    def begin(self, optimizer, total_steps=None):
+        again = super().begin(optimizer, total_steps)
+        others = [
+            f"'{weight.topology.name}' ({weight.topology.structure})"
+            for weight in self._weights()
+            if not isinstance(weight.topology.structure, ConstantFanIn)
+        ]
+        if others:
+            self.end()
+            raise ValueError(
+                "SRigL is RigL for masks of constant fan-in: call sparsify(model, sparsity, "
+                f"structure=ConstantFanIn()). Received: {', '.join(others)}"
+            )
+        return again
 
     def plan(self, weights, active):
         budgets = host(self.optimizer.budgets)

@@ -18,6 +18,7 @@ from keras_sparseopt.backend import (
     host,
     is_traced,
 )
+from keras_sparseopt.structures import Unstructured, units_of
 
 # ---------------------------------------------------------------------- axes of kernels
 
@@ -48,6 +49,11 @@ class Kernel:
     @property
     def size(self):
         return math.prod(self.variable.shape)
+
+    def units(self, structure):
+        """`Units` of a structure on this kernel."""
+        shape = tuple(self.variable.shape)
+        return units_of(structure, shape, tuple(self.neuron_axes), tuple(self.input_axes))
 
     @property
     def shape(self):
@@ -145,6 +151,7 @@ class Topology:
         skew_correction: Bool, whether `SparseOpt` may correct this weight's gradient.
         name: String: the layer's name or path, and the weight's name where it is not `kernel`.
         feeds: String, the normalization that the neurons feed, as far as it could be read, or `""`.
+        structure: `Structure` of the mask; `None` is `Unstructured()`.
         is_attached: Bool; `False` for a layer sparse by construction.
         sparsity: Float, the inactive fraction.
         neuron_sparsity: NumPy array, the inactive fraction of every neuron's fan-in.
@@ -152,7 +159,7 @@ class Topology:
 
     def __init__(
         self, variable, mask, neuron_axes, input_axes, skew_correction, name, feeds="",
-        is_attached=True,
+        structure=None, is_attached=True,
     ):  # fmt: skip
         self.variable = variable
         self.mask = mask
@@ -161,6 +168,7 @@ class Topology:
         self.skew_correction = skew_correction
         self.name = name
         self.feeds = feeds
+        self.structure = structure or Unstructured()
         self.is_attached = is_attached
         # Whether JAX has compiled the mask into another optimizer's step, as a constant.
         self.is_compiled_in = False
@@ -193,6 +201,31 @@ class Topology:
             return int(np.count_nonzero(host(self.mask)))
         return int(host(_count(ops.convert_to_tensor(self.mask))))
 
+    def num_active_units(self):
+        """How many units of its structure are active: int."""
+        if self._is_on_host():
+            return int(self.units.num_active(host(self.mask)))
+        return int(host(self.units.num_active_compiled(ops.convert_to_tensor(self.mask))))
+
+    def check_mask(self, mask):
+        """`mask` as a NumPy bool array, if the weight may have it.
+
+        Raises:
+            ValueError: If it has another shape or dtype, or not the weight's structure.
+        """
+        mask = masks.check_mask(mask, self.variable.shape)
+        if not self.units.holds(mask):
+            raise ValueError(
+                f"The mask of '{self.name}' must have the structure {self.structure}. Received: a "
+                "mask that has not"
+            )
+        return mask
+
+    @property
+    def alike(self):
+        """What topologies have in common whose mask updates are one compiled function."""
+        return self.structure, self.neuron_axes, self.input_axes, self.skew_correction
+
     @property
     def sparsity(self):
         """Inactive fraction: float."""
@@ -203,6 +236,13 @@ class Topology:
         """Inactive fraction of each neuron's fan-in: NumPy array, one entry per neuron."""
         mask = host(self.mask)
         return 1.0 - mask.mean(axis=masks.fan_in_axes(mask.ndim, self.neuron_axes))
+
+    @property
+    def units(self):
+        """`Units`: the mask's structure on this kernel."""
+        return units_of(
+            self.structure, tuple(self.variable.shape), self.neuron_axes, self.input_axes
+        )
 
     def _is_on_host(self):
         return are_on_host([self.variable, self.mask])
@@ -268,17 +308,19 @@ class Topology:
 
     def _fitting(self, weight):
         """The mask that nonzero weights want, `None` if they fit the present one."""
-        mask, run, weight = ops.convert_to_tensor(self.mask), _fit, ops.convert_to_tensor(weight)
+        mask, weight = ops.convert_to_tensor(self.mask), ops.convert_to_tensor(weight)
         if self._is_on_host():
-            mask, run, weight = host(mask), masks.fit, host(weight)
-        outside, wanted, active, new = run(weight, mask)
+            outside, wanted, active, new = self.units.fit(host(weight), host(mask))
+        else:
+            outside, wanted, active, new = self.units.fit_compiled(weight, mask)
         outside, wanted, active = (int(host(number)) for number in (outside, wanted, active))
         given = [optimizer.budget_of(self) for optimizer in self.optimizers]
         if outside and wanted > max([active, *given]):
+            units = "" if self.structure == Unstructured() else f" of {self.structure}"
             raise ValueError(
-                f"The weight of '{self.name}' is denser than its mask: {wanted} values are not 0, "
-                f"{active} are active, and none of them may be lost. To start from a dense or "
-                "denser model load first and sparsify then; to let go of the mask call "
+                f"The weight of '{self.name}' is denser than its mask: {wanted} values{units} are "
+                f"not 0, {active} are active, and none of them may be lost. To start from a dense "
+                "or denser model load first and sparsify then; to let go of the mask call "
                 "keras_sparseopt.strip(model), load, and keras_sparseopt.masks_from_zeros(model). "
                 "EarlyStopping that restores weights from before a pruning method had ended needs "
                 "start_from_epoch."
@@ -294,10 +336,14 @@ class Topology:
     def moved_weights(self):
         """How many inactive weights are not 0: what something other than SparseOpt has moved."""
         weight, mask = ops.convert_to_tensor(self.variable), ops.convert_to_tensor(self.mask)
-        return int(host(_fit(weight, mask)[0]))
+        return int(host(_count_moved(weight, mask)))
 
 
-_fit = compiled(masks.fit)
+@compiled
+def _count_moved(weight, mask):
+    return masks.count(ops.logical_and(ops.not_equal(weight, 0), ops.logical_not(mask)))
+
+
 _count = compiled(masks.count)
 
 
@@ -331,13 +377,16 @@ class KeepZeros(keras.constraints.Constraint):
         raise ValueError("KeepZeros belongs to a weight with a mask, and is not saved.")
 
 
-def attach(variable, mask, neuron_axes, input_axes, skew_correction, name, feeds=""):
+def attach(
+    variable, mask, neuron_axes, input_axes, skew_correction, name, feeds="",
+    structure=None,
+):  # fmt: skip
     """Hang a mask on a weight, which stays as it is: the caller sees that zeros are zeros.
 
     Args:
         variable: Keras variable.
         mask: NumPy bool array of its shape.
-        neuron_axes, input_axes, skew_correction, name, feeds: As in `Topology`.
+        neuron_axes, input_axes, skew_correction, name, feeds, structure: As in `Topology`.
     """
     with colocated_scope(variable.value):
         mask = keras.Variable(
@@ -345,7 +394,9 @@ def attach(variable, mask, neuron_axes, input_axes, skew_correction, name, feeds
             aggregation="only_first_replica", name=f"{name.replace('/', '_')}_mask",
         )  # fmt: skip
     keras_internals.follow_layout(mask, of=variable)
-    topology = Topology(variable, mask, neuron_axes, input_axes, skew_correction, name, feeds=feeds)
+    topology = Topology(
+        variable, mask, neuron_axes, input_axes, skew_correction, name, feeds, structure
+    )
     variable.topology = topology
     variable.constraint = KeepZeros(topology, variable.constraint)
     keras_internals.tell(variable)

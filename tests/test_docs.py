@@ -28,7 +28,7 @@ def test_docstring_example_runs(name, capsys, tmp_path, monkeypatch):
 def test_every_argument_is_documented(name):
     item = PUBLIC[name]
     if name.startswith("Sparse") and issubclass(item, keras.layers.Layer):
-        arguments = ["sparsity", "seed", "skew_correction"]
+        arguments = ["sparsity", "seed", "skew_correction", "structure"]
     elif name == "SparseHeNormal":
         arguments = ["seed"]
     else:
@@ -41,6 +41,6 @@ def test_every_argument_is_documented(name):
 
 def test_readme_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for page in ("README.md", "docs/models.md"):
+    for page in ("README.md", "docs/models.md", "docs/structures.md"):
         for code in examples((ROOT / page).read_text()):
             exec(compile(code, f"<{page}>", "exec"), {"__name__": "example"})

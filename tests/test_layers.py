@@ -35,7 +35,7 @@ def build(name, **kwargs):
 def dense_twin(layer, x):
     base = type(layer).__mro__[2]
     config = layer.get_config()
-    for extra in ("sparsity", "seed", "skew_correction"):
+    for extra in ("sparsity", "seed", "skew_correction", "structure"):
         del config[extra]
     twin = base.from_config(config)
     twin(x)

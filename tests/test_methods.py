@@ -11,17 +11,18 @@ import keras_sparseopt as kso
 from keras_sparseopt import masks
 
 
-def mlp(sparsity=0.7):
+def mlp(sparsity=0.7, structure=None):
     keras.utils.set_random_seed(0)
+    sparse = {"sparsity": sparsity, "structure": structure}
     return keras.Sequential(
         [
             keras.Input((12,)),
-            kso.SparseDense(16, sparsity=sparsity, seed=1, use_bias=False, name="hidden"),
+            kso.SparseDense(16, seed=1, use_bias=False, name="hidden", **sparse),
             keras.layers.BatchNormalization(),
             keras.layers.ReLU(),
-            kso.SparseDense(9, sparsity=sparsity, seed=2, use_bias=False, name="second"),
+            kso.SparseDense(9, seed=2, use_bias=False, name="second", **sparse),
             keras.layers.BatchNormalization(),
-            kso.SparseDense(3, sparsity=sparsity, seed=3, skew_correction=False, name="last"),
+            kso.SparseDense(3, seed=3, skew_correction=False, name="last", **sparse),
         ]
     )
 
@@ -246,7 +247,7 @@ def test_srigl_invariants(data, seed):
 
 def test_srigl_in_training():
     method = kso.SRigL(4, 0.3, end_step=1000, min_salient=0.4, ablation_exclude=["last"])
-    model = mlp(sparsity=0.8)
+    model = mlp(sparsity=0.8, structure=kso.ConstantFanIn())
     budgets = [int(m.sum()) for m in masks_of(model)]
     model, *_ = train(method, model)
     for budget, mask in zip(budgets, masks_of(model)):

@@ -23,6 +23,7 @@ from keras_sparseopt.backend import (
 from keras_sparseopt.checks import check_bool
 from keras_sparseopt.devices import check_optimizer, check_strategy
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
+from keras_sparseopt.structures import as_structure, structure_config, units_of
 from keras_sparseopt.topology import attach, own_constraint, topology_of
 
 # What a dense gradient is before any step has written it.
@@ -235,7 +236,7 @@ class SparseOpt(WrapperOptimizer):
             # The share of active weights that the last mask update made new. Kept here, so
             # that a resumed training logs what the uninterrupted one would have.
             self.mask_change = self.add_variable((), dtype="float32", name="mask_change")
-            # The active weights that each mask was given: what SRigL may use up.
+            # The active units that each mask was given: what SRigL may use up.
             self.budgets = self.add_variable((len(sparse),), dtype="int32", name="budgets")
             for position, index in enumerate(sparse):
                 own_slots = keras_internals.slots_of(slots, base, variables[index])
@@ -243,7 +244,7 @@ class SparseOpt(WrapperOptimizer):
             self._check_slots(slots)
             if all(_is_initialized(weight) for weight in self.weights):
                 self._take_masks(explores=True)
-                self.budgets.assign(np.array([w.topology.num_active() for w in self.weights]))
+                self.budgets.assign(np.array([w.topology.num_active_units() for w in self.weights]))
         if not variables:
             warnings.warn(
                 "SparseOpt was built for no variables: all are frozen, or the model comes from a "
@@ -267,7 +268,8 @@ class SparseOpt(WrapperOptimizer):
                 "masks from the zeros with keras_sparseopt.masks_from_zeros(model), and compile."
             )
         for saved in self._sparse.saved_topologies:
-            saved = dict(saved)
+            saved = {"structure": None, **saved}
+            saved["structure"] = as_structure(saved["structure"])
             index, shape = saved.pop("index"), tuple(saved.pop("shape"))
             variable = variables[index] if index < len(variables) else None
             if variable is None or tuple(variable.shape) != shape:
@@ -420,10 +422,10 @@ class SparseOpt(WrapperOptimizer):
 
         Raises:
             ValueError: If the weight is not trained by this optimizer, or the mask does not
-                fit. Nothing has changed then.
+                fit, or has not the weight's structure. Nothing has changed then.
         """
         weight = self.weight_of(variable)
-        mask = masks.check_mask(new_mask, variable.shape)
+        mask = weight.topology.check_mask(new_mask)
         weight.topology.change(mask)
         if not keeps_budget:
             self.set_budget(weight.topology)
@@ -478,13 +480,13 @@ class SparseOpt(WrapperOptimizer):
         self._take_masks(explores=False)
 
     def budget_of(self, topology):
-        """The active weights that a mask was given: int."""
+        """The active units that a mask was given: int."""
         return int(host(self.budgets)[self.weight_of(topology.variable).index])
 
     def set_budget(self, topology):
         """What is active now is what the mask was given."""
         budgets = np.array(host(self.budgets))
-        budgets[self.weight_of(topology.variable).index] = topology.num_active()
+        budgets[self.weight_of(topology.variable).index] = topology.num_active_units()
         self.budgets.assign(budgets)
 
     def has_not_stepped(self):
@@ -537,7 +539,7 @@ class SparseOpt(WrapperOptimizer):
         changed, active = [], {}
         for weight, new_mask, numbers in updates:
             topology, has_scale = weight.topology, weight.scale is not None
-            alike = topology.neuron_axes, topology.input_axes, topology.skew_correction, has_scale
+            alike = topology.alike, has_scale
             name = key, alike, initial, donates
             program = self._sparse.programs.get(name)
             if program is None:
@@ -583,9 +585,12 @@ class SparseOpt(WrapperOptimizer):
 
         Returns:
             Function of ([weight, *slots, explored], mask, gradient, numbers) → the first two, new,
-            the correction's scale or `None`, the number of new connections, and of active ones.
+            the correction's scale or `None`, the number of new units, and of active ones.
         """
-        axes, has_scale = weight.topology.neuron_axes, weight.scale is not None
+        topology, has_scale = weight.topology, weight.scale is not None
+        structure, neuron_axes, input_axes = (
+            topology.structure, topology.neuron_axes, topology.input_axes
+        )  # fmt: skip
 
         def move(state, mask, gradient, numbers):
             *moving, explored = state
@@ -594,9 +599,10 @@ class SparseOpt(WrapperOptimizer):
             moving = [masks.masked(value, survives) for value in moving]
             now = masks.packed(new)
             explored = now if initial else ops.bitwise_or(explored, now)
-            scale = self.correction(new, axes) if has_scale else None
-            changed = masks.count(ops.logical_and(new, ops.logical_not(mask)))
-            return [*moving, explored], new, scale, changed, masks.count(new)
+            scale = self.correction(new, neuron_axes) if has_scale else None
+            units = units_of(structure, tuple(mask.shape), neuron_axes, input_axes)
+            changed = units.num_active(ops.logical_and(new, ops.logical_not(mask)))
+            return [*moving, explored], new, scale, changed, units.num_active(new)
 
         return move
 
@@ -744,6 +750,7 @@ class SparseOpt(WrapperOptimizer):
                     "skew_correction": weight.topology.skew_correction,
                     "name": weight.topology.name,
                     "feeds": weight.topology.feeds,
+                    "structure": structure_config(weight.topology.structure),
                 }
                 for weight in self.weights
                 if weight.topology.is_attached and weight.variable.trainable

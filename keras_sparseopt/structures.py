@@ -1,0 +1,583 @@
+"""What the unit of a mask is, and which choices of units are allowed.
+
+A method ranks, a structure chooses. A kernel is seen as (spatial, inputs, neurons), whatever the
+axes of its layer are, and cut into units. Units compete with all others of the kernel, or within
+groups, each with its own number of active units. `Units` is a structure on one kernel: all choices
+that masks need.
+"""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+
+from keras_sparseopt import masks
+from keras_sparseopt.backend import compiled
+from keras_sparseopt.checks import check_int
+
+_registered = keras.saving.register_keras_serializable(package="keras_sparseopt")
+
+
+class Structure:
+    """Base of the structures: which weights are active together, and where.
+
+    Immutable, equal to others with the same numbers, and saved with the mask. The inputs of a
+    kernel are its fan-in axis as engines tile it: the units that a dense layer or a recurrent cell
+    reads, the input channels of a convolution, all heads of an attention projection together.
+
+    | structure | unit | compete with each other | sparsity |
+    |---|---|---|---|
+    | `Unstructured()` | a weight | all of the kernel | any |
+    | `Block(inputs, neurons)` | a tile | all of the kernel | any, in tiles |
+    | `NM(n, m)` | a weight | `m` neighbouring inputs of a neuron | 1 − n/m |
+    | `ConstantFanIn()` | a weight | all of a neuron | any, in weights per neuron |
+    """
+
+    # Whether the layers of a model may share out their active weights as they need them.
+    shares_a_budget = True
+    # Whether it looks at a kernel as (spatial, inputs, neurons); otherwise at its own axes.
+    cuts = False
+
+    def cut(self, matrix, combine):
+        """The units of an array (spatial, inputs, neurons).
+
+        Args:
+            matrix: Array.
+            combine: Function of two arrays, which makes one value of those of a unit.
+        """
+        return matrix
+
+    def join(self, units, shape):
+        """An array (spatial, inputs, neurons) of `shape` with each unit's value throughout."""
+        return units
+
+    def unit_shape(self, shape):
+        """The shape of an array of units, for one of `shape`."""
+        return shape
+
+    def group_axes(self, fan_in_axes):
+        """The axes of an array of units along which they compete; `None` for all of them."""
+        return None
+
+    def group_sizes(self, unit_shape, shape, group_axes):
+        """How many units each group has.
+
+        Args:
+            unit_shape: Tuple of ints, the shape of an array of units.
+            shape: Tuple of ints, of what is cut.
+            group_axes: What the method of this name returns.
+
+        Returns:
+            NumPy int32 array that broadcasts over the units, of size 1 along `group_axes`.
+        """
+        sizes = unit_shape if group_axes is None else [unit_shape[axis] for axis in group_axes]
+        return np.full((1,) * len(unit_shape), math.prod(sizes), "int32")
+
+    def shares(self, shape):
+        """1 / weights of each unit, if they differ: NumPy array that broadcasts over the units."""
+        return None
+
+    def fewest(self, count, sizes, repeats):
+        """What every group has at least, of `count` active units; for structures with groups.
+
+        Args:
+            count: NumPy int32 or int32 tensor.
+            sizes: As `group_sizes` returns it.
+            repeats: Int, how many groups there are of each of the sizes.
+        """
+        raise NotImplementedError
+
+    def allowed(self, wanted, sizes):
+        """The numbers of active units by group, at least `wanted`, that are allowed.
+
+        Args:
+            wanted: int32 array, one number per group.
+            sizes: As `group_sizes` returns it.
+        """
+        return wanted
+
+    def nearest(self, count, sizes, repeats):
+        """The number of active units, closest to the int `count`, that a kernel can have: int."""
+        return max(1, count)
+
+    def is_complete(self, counts, sizes):
+        """Whether these numbers of active units by group are not just passed through by `GMP`."""
+        return True
+
+    def check_sparsity(self, sparsity):
+        """Raise ValueError for a sparsity that it cannot express, and name the nearest."""
+
+    def __repr__(self):
+        numbers = ", ".join(map(str, self.get_config().values()))
+        return f"{type(self).__name__}({numbers})"
+
+    def get_config(self):
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+@_registered
+@dataclasses.dataclass(frozen=True, repr=False)
+class Unstructured(Structure):
+    """Any weight may be active: the most accurate masks, which few engines can use.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kso.sparsify(model, 0.9)
+    assert kso.sparse_weights(model)[0].topology.structure == kso.Unstructured()
+    ```
+    """
+
+
+@_registered
+@dataclasses.dataclass(frozen=True, repr=False)
+class Block(Structure):
+    """Tiles of weights that are active together; a tile's score is the sum over it.
+
+    TFLite has a sparse kernel for tiles of 4 inputs × 1 neuron. Where a size is no multiple, the
+    last tile is shorter. The number of active *tiles* is exact.
+
+    Args:
+        inputs: Int, inputs of a tile, defaults to 4.
+        neurons: Int, neurons of a tile, defaults to 1.
+
+    Raises:
+        ValueError: If they are not ints ≥ 1, or both 1.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kso.sparsify(model, 0.9, structure=kso.Block(4, 1))
+    mask = keras.ops.convert_to_numpy(kso.sparse_weights(model)[0].topology.mask)
+    tiles = mask.reshape(16, 4, 32)
+    assert (tiles.all(axis=1) == tiles.any(axis=1)).all()
+    ```
+
+    References:
+        Gray et al., "GPU Kernels for Block-Sparse Weights", 2017.
+    """
+
+    inputs: int = 4
+    neurons: int = 1
+    cuts = True
+
+    def __post_init__(self):
+        for argument in ("inputs", "neurons"):
+            check_int(argument, getattr(self, argument), 1)
+        if self.inputs == self.neurons == 1:
+            raise ValueError(
+                "A block must hold more than one weight; for single weights use Unstructured(). "
+                "Received: inputs=1, neurons=1"
+            )
+
+    def unit_shape(self, shape):
+        spatial, inputs, neurons = shape
+        return spatial, -(-inputs // self.inputs), -(-neurons // self.neurons)
+
+    def shares(self, shape):
+        sizes = [
+            np.minimum(length - np.arange(0, length, tile), tile)
+            for length, tile in zip(shape[1:], (self.inputs, self.neurons))
+        ]
+        if all((size == size[0]).all() for size in sizes):
+            return None
+        # Multiplied with: compilers do not all divide alike.
+        return (np.float32(1) / np.outer(*sizes).astype("float32"))[None]
+
+    def cut(self, matrix, combine):
+        matrix = _padded(matrix, self.inputs, self.neurons)
+        spatial, inputs, neurons = matrix.shape
+        tiles = masks.xp_of(matrix).reshape(
+            matrix,
+            (spatial, inputs // self.inputs, self.inputs, neurons // self.neurons, self.neurons),
+        )
+        # One by one: sums in the same order are equal, bit for bit, on every backend.
+        parts = [tiles[:, :, i, :, j] for i in range(self.inputs) for j in range(self.neurons)]
+        return functools.reduce(combine, parts)
+
+    def join(self, units, shape):
+        xp = masks.xp_of(units)
+        spatial, inputs, neurons = units.shape
+        tiles = xp.broadcast_to(
+            xp.reshape(units, (spatial, inputs, 1, neurons, 1)),
+            (spatial, inputs, self.inputs, neurons, self.neurons),
+        )
+        spread = xp.reshape(tiles, (spatial, inputs * self.inputs, neurons * self.neurons))
+        return spread[:, : shape[1], : shape[2]]
+
+
+@_registered
+@dataclasses.dataclass(frozen=True, repr=False)
+class NM(Structure):
+    """N:M: of every `m` neighbouring inputs of a neuron, `n` are active.
+
+    2:4 is what NVIDIA's sparse tensor cores multiply. The sparsity is 1 − n/m, and no other; or 0,
+    where `GMP` begins: on its way, no group has fewer than `n`. Where the inputs are no multiple of
+    `m`, the last group is shorter and has n/m of its weights active, rounded up from one half, and
+    at least one. A growing method exchanges weights within the groups.
+
+    Args:
+        n: Int, active weights of a group, defaults to 2.
+        m: Int, weights of a group, defaults to 4.
+
+    Raises:
+        ValueError: If they are not ints, or not 1 ≤ n < m.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kso.sparsify(model, 0.5, structure=kso.NM(2, 4))
+    mask = keras.ops.convert_to_numpy(kso.sparse_weights(model)[0].topology.mask)
+    assert (mask.reshape(16, 4, 32).sum(axis=1) == 2).all()
+    ```
+
+    References:
+        Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, arXiv 2104.08378;
+        Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
+        ICLR 2021.
+    """
+
+    n: int = 2
+    m: int = 4
+    cuts = True
+    shares_a_budget = False
+
+    def __post_init__(self):
+        check_int("n", self.n, 1)
+        check_int("m", self.m, 2)
+        if self.n >= self.m:
+            raise ValueError(f"`n` must be less than `m`. Received: n={self.n}, m={self.m}")
+
+    def unit_shape(self, shape):
+        spatial, inputs, neurons = shape
+        return spatial, -(-inputs // self.m), self.m, neurons
+
+    def cut(self, matrix, combine):
+        padded = _padded(matrix, self.m, 1)
+        return masks.xp_of(padded).reshape(padded, self.unit_shape(matrix.shape))
+
+    def join(self, units, shape):
+        spatial, groups, m, neurons = units.shape
+        spread = masks.xp_of(units).reshape(units, (spatial, groups * m, neurons))
+        return spread[:, : shape[1]]
+
+    def group_axes(self, fan_in_axes):
+        return (2,)
+
+    def group_sizes(self, unit_shape, shape, group_axes):
+        inputs = shape[1]
+        sizes = np.minimum(inputs - np.arange(0, inputs, self.m), self.m)
+        return sizes.astype("int32").reshape(1, -1, 1, 1)
+
+    def fewest(self, count, sizes, repeats):
+        return self._number(sizes)
+
+    def _number(self, sizes):
+        return np.maximum(1, (2 * self.n * sizes + self.m) // (2 * self.m)).astype("int32")
+
+    def allowed(self, wanted, sizes):
+        return masks.xp_of(wanted).maximum(wanted, self._number(sizes))
+
+    def is_complete(self, counts, sizes):
+        return bool((counts <= self._number(sizes)).all() or (counts == sizes).all())
+
+    def nearest(self, count, sizes, repeats):
+        return max(count, int(self._number(sizes).sum()) * repeats)
+
+    def check_sparsity(self, sparsity):
+        own = 1 - self.n / self.m
+        if sparsity and not math.isclose(sparsity, own, abs_tol=1e-6):
+            raise ValueError(
+                f"{self} has a sparsity of {own:g}, the nearest to what was asked for; or 0, where "
+                f"pruning begins. Received: {sparsity}"
+            )
+
+
+@_registered
+@dataclasses.dataclass(frozen=True, repr=False)
+class ConstantFanIn(Structure):
+    """Every neuron has the same number of active weights; one that was ablated has none.
+
+    Neurons then amplify their gradients alike, so that there is nothing to correct, and a layer can
+    be stored as a small dense array of weights and one of indices. Sparsities are rounded to whole
+    weights per neuron. A growing method exchanges weights within the neurons.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kso.sparsify(model, 0.75, structure=kso.ConstantFanIn())
+    mask = keras.ops.convert_to_numpy(kso.sparse_weights(model)[0].topology.mask)
+    assert (mask.sum(axis=0) == 16).all()
+    ```
+
+    References:
+        Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024.
+    """
+
+    def group_axes(self, fan_in_axes):
+        return fan_in_axes
+
+    def fewest(self, count, sizes, repeats):
+        return masks.xp_of(count).floor_divide(count, repeats) + 0 * sizes
+
+    def allowed(self, wanted, sizes):
+        xp = masks.xp_of(wanted)
+        return xp.where(wanted > 0, xp.max(wanted), wanted)
+
+    def nearest(self, count, sizes, repeats):
+        return max(1, round(count / repeats)) * repeats
+
+
+def _padded(matrix, inputs, neurons):
+    """With zeros up to multiples of inputs and neurons."""
+    missing = -matrix.shape[1] % inputs, -matrix.shape[2] % neurons
+    if not any(missing):
+        return matrix
+    return masks.xp_of(matrix).pad(matrix, [[0, 0], [0, missing[0]], [0, missing[1]]])
+
+
+def as_structure(structure):
+    """A structure, as it is or from its config; `None` is `Unstructured()`."""
+    if structure is None:
+        return Unstructured()
+    if isinstance(structure, dict):
+        structure = keras.saving.deserialize_keras_object(structure)
+    if not isinstance(structure, Structure):
+        raise ValueError(
+            "`structure` must be a structure such as Block(4, 1), NM(2, 4) or ConstantFanIn(), or "
+            f"None. Received: structure={structure!r}"
+        )
+    return structure
+
+
+def structure_config(structure):
+    """What `as_structure` takes: JSON, `None` for `Unstructured()`."""
+    if structure == Unstructured():
+        return None
+    return keras.saving.serialize_keras_object(structure)
+
+
+@functools.lru_cache(maxsize=1024)
+def units_of(structure, shape, neuron_axes, input_axes):
+    """The `Units` of a structure on a kernel, made once."""
+    return Units(structure, shape, neuron_axes, input_axes)
+
+
+class Units:
+    """A structure on one kernel: everything that chooses which of its weights are active.
+
+    Methods take arrays of the kernel's shape, NumPy's or tensors, and return such masks. Numbers
+    are of units.
+
+    Args:
+        structure: `Structure`.
+        shape: The kernel's shape.
+        neuron_axes, input_axes: As in `Topology`.
+    """
+
+    def __init__(self, structure, shape, neuron_axes, input_axes):
+        self._structure = structure
+        self._shape = shape = tuple(shape)
+        inputs = tuple(axis for axis in input_axes if axis not in neuron_axes)
+        spatial = tuple(a for a in range(len(shape)) if a not in (*inputs, *neuron_axes))
+        self._order = *spatial, *inputs, *neuron_axes
+        self._matrix = tuple(
+            math.prod(shape[axis] for axis in axes) for axes in (spatial, inputs, neuron_axes)
+        )
+        seen = self._matrix if structure.cuts else shape
+        self._unit_shape = structure.unit_shape(seen)
+        self._shares = structure.shares(seen)
+        self._group_axes = structure.group_axes(masks.fan_in_axes(len(shape), neuron_axes))
+        self._group_sizes = structure.group_sizes(self._unit_shape, seen, self._group_axes)
+        competing = range(len(self._unit_shape)) if self._group_axes is None else self._group_axes
+        self._groups = math.prod(
+            size for axis, size in enumerate(self._unit_shape) if axis not in competing
+        )
+        # How many groups there are of each of the sizes.
+        self._repeats = self._groups // self._group_sizes.size
+        self.total = int(self._group_sizes.sum()) * self._repeats
+
+    # ------------------------------------------------------------------ arrays and units
+
+    def _cut(self, array, combine):
+        if not self._structure.cuts:
+            return array
+        xp = masks.xp_of(array)
+        matrix = xp.reshape(xp.transpose(array, self._order), self._matrix)
+        return self._structure.cut(matrix, combine)
+
+    def _joined(self, units):
+        if not self._structure.cuts:
+            return units
+        xp = masks.xp_of(units)
+        moved = xp.reshape(
+            self._structure.join(units, self._matrix), [self._shape[axis] for axis in self._order]
+        )
+        return xp.transpose(moved, [self._order.index(axis) for axis in range(len(self._order))])
+
+    def _scores(self, values):
+        """The score of each unit: the sum over it; the mean, where a last tile is shorter."""
+        if not self._structure.cuts:
+            return values
+        scores = self._cut(masks.as_float(values), masks.xp_of(values).add)
+        return scores if self._shares is None else scores * self._shares
+
+    def _magnitudes(self, weights):
+        return self._scores(abs(weights)) if self._structure.cuts else weights
+
+    def _is_active(self, mask):
+        return self._cut(mask, masks.xp_of(mask).logical_or)
+
+    def _exists(self):
+        """`False` at what fills up a shorter last group; broadcasts over the units."""
+        if self._group_axes is None or len(self._group_axes) > 1:
+            return np.ones((1,) * len(self._unit_shape), bool)
+        (axis,) = self._group_axes
+        shape = [-1 if a == axis else 1 for a in range(len(self._unit_shape))]
+        return np.arange(self._unit_shape[axis]).reshape(shape) < self._group_sizes
+
+    def _by_group(self, units):
+        return masks.count(units, self._group_axes)
+
+    def num_active(self, mask):
+        """How many units are active: int32."""
+        return masks.count(self._is_active(mask))
+
+    @functools.cached_property
+    def num_active_compiled(self):
+        """`num_active`, compiled."""
+        return compiled(self.num_active)
+
+    @functools.cached_property
+    def fit_compiled(self):
+        """`fit`, compiled."""
+        return compiled(self.fit)
+
+    def nearest(self, weights):
+        """The number of active units, closest to a number of weights, that can be: int."""
+        count = round(weights * self.total / math.prod(self._shape))
+        return min(self._structure.nearest(count, self._group_sizes, self._repeats), self.total)
+
+    # ------------------------------------------------------------------ choices
+
+    def drop_and_grow(self, weights, mask, scores, num_update):
+        """Drop the `num_update` active units of smallest |w|, grow as many of largest score.
+
+        In groups, each grows as many as it has lost. See `keras_sparseopt.drop_and_grow`.
+        """
+        magnitudes, active = self._magnitudes(weights), self._is_active(mask)
+        scores = self._scores(scores)
+        if self._group_axes is None:
+            return self._joined(masks.drop_and_grow(magnitudes, active, scores, num_update))
+        xp = masks.xp_of(active)
+        kept = masks.prune(magnitudes, active, masks.count(active) - num_update)
+        missing = self._by_group(active) - self._by_group(kept)
+        free = xp.logical_and(xp.logical_not(kept), self._exists())
+        grown = masks.top(masks.keys(scores, free), missing, self._group_axes)
+        return self._joined(xp.logical_or(kept, grown))
+
+    def prune(self, weights, mask, count):
+        """The `count` active units of largest |w|; all of them, if there are fewer."""
+        magnitudes, active = self._magnitudes(weights), self._is_active(mask)
+        if self._group_axes is None:
+            return self._joined(masks.prune(magnitudes, active, count))
+        return self._joined(self._prune_groups(magnitudes, active, count))
+
+    def _prune_groups(self, magnitudes, active, count):
+        xp = masks.xp_of(active)
+        fewest = self._structure.fewest(count, self._group_sizes, self._repeats)
+        keys = masks.magnitude_keys(magnitudes, active)
+        always = xp.logical_and(masks.top(keys, fewest, self._group_axes), active)
+        rest = xp.maximum(count - xp.sum(fewest) * self._repeats, 0)
+        number = xp.minimum(masks.count(always) + rest, masks.count(active))
+        return masks.top(xp.where(always, masks.HIGHEST, keys), number)
+
+    def random_mask(self, count, seed):
+        """A uniformly random mask with exactly `count` active units: NumPy bool array."""
+        if self._group_axes is None:
+            return self._joined(masks.random_mask(self._unit_shape, count, seed))
+        everything = np.broadcast_to(self._exists(), self._unit_shape)
+        draws = np.random.default_rng(seed).random(self._unit_shape, dtype="float32")
+        return self._joined(self._prune_groups(draws, everything, np.int32(count)))
+
+    def random_scores(self, mask, seed, index, step):
+        """Uniform draws in [0, 1), one for each unit; see `masks.random_scores`."""
+        return self._joined(masks.random_scores(self._is_active(mask), seed, index, step))
+
+    # ------------------------------------------------------------------ masks from elsewhere
+
+    def fit(self, weights, mask):
+        """The mask that follows weights which came from elsewhere: what is not 0 is active.
+
+        Filled up, in every group, with positions of the old mask to its number; the smallest mask
+        that the structure allows, where that number is too small.
+
+        Returns:
+            Tuple of how many weights are not 0 outside of the mask, how many must be active to have
+            those that are not 0, how many are, and the new mask.
+        """
+        xp = masks.xp_of(mask)
+        nonzero = xp.not_equal(weights, 0)
+        outside = masks.count(xp.logical_and(nonzero, xp.logical_not(mask)))
+        wanted, active = self._is_active(nonzero), self._is_active(mask)
+        if masks.on_host(mask) and not outside:
+            number = masks.count(active)
+            return outside, number, number, mask
+        needed, present = self._by_group(wanted), self._by_group(active)
+        least = self._structure.allowed(needed, self._group_sizes)
+        numbers = xp.where(xp.all(needed <= present), present, least)
+        new = self._joined(self._with_numbers(wanted, active, numbers))
+        return outside, xp.sum(numbers), xp.sum(present), new
+
+    def smallest(self, wanted):
+        """The smallest mask that the structure allows with all of `wanted`: NumPy bool array.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        wanted = self._is_active(wanted)
+        counts = self._by_group(wanted)
+        if not self._structure.is_complete(counts, self._group_sizes):
+            raise ValueError(f"what is not 0 does not fit {self._structure}")
+        numbers = self._structure.allowed(counts, self._group_sizes)
+        return self._joined(self._with_numbers(wanted, wanted, numbers))
+
+    def holds(self, mask):
+        """Whether a NumPy mask has the structure: bool."""
+        if not self._structure.cuts and self._group_axes is None:
+            return True
+        active = self._is_active(mask)
+        counts = self._by_group(active)
+        allowed = self._structure.allowed(counts, self._group_sizes)
+        return bool(np.array_equal(counts, allowed) and np.array_equal(self._joined(active), mask))
+
+    def _with_numbers(self, first, second, numbers):
+        """So many units of each group: first those of `first`, then of `second`, then others."""
+        xp = masks.xp_of(first)
+        keys = 2 * masks.as_int(first) + masks.as_int(second)
+        keys = xp.where(self._exists(), keys, masks.LOWEST)
+        if self._group_axes is None:
+            return masks.top(keys, xp.sum(numbers))
+        return masks.top(keys, numbers, self._group_axes)
