@@ -17,6 +17,7 @@ from keras_sparseopt.analysis import (
     mask_overlap,
     measured_skew,
 )
+from keras_sparseopt.at_init import prune_at_init
 from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
@@ -36,7 +37,7 @@ from keras_sparseopt.layers import (
     SparseEinsumDense,
 )
 from keras_sparseopt.masks import drop_and_grow
-from keras_sparseopt.methods import GMP, SET, SNFS, GraNet, RigL, SRigL, Static
+from keras_sparseopt.methods import GMP, MEST, SET, SNFS, GraNet, RigL, SRigL, Static
 from keras_sparseopt.monitors import GradientFlow
 from keras_sparseopt.optimizers import HAM, SparseOpt
 from keras_sparseopt.reporting import report
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GMP",
     "HAM",
+    "MEST",
     "NM",
     "SET",
     "BackupAndRestore",
@@ -82,6 +84,7 @@ __all__ = [
     "mask_overlap",
     "masks_from_zeros",
     "measured_skew",
+    "prune_at_init",
     "report",
     "resolve_strategy",
     "set_mask",

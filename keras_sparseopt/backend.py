@@ -85,6 +85,38 @@ def compiled(function, donate=()):
     return jax.jit(function, donate_argnums=donate)
 
 
+def gradient_function(function, variables):
+    """The gradient of a scalar by some variables, as a function of their values.
+
+    Args:
+        function: Function without arguments; a scalar. What it assigns is discarded.
+        variables: List of Keras variables.
+
+    Returns:
+        Function of a list of arrays, their values → list of NumPy arrays.
+    """
+
+    def at(values):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+            return function()
+
+    if IS_TENSORFLOW:
+        import tensorflow as tf
+
+        @tf.function(autograph=False)
+        def gradients(values):
+            with tf.GradientTape() as tape:
+                tape.watch(values)
+                result = at(values)
+            return tape.gradient(result, values, unconnected_gradients="zero")
+
+    else:
+        import jax
+
+        gradients = jax.jit(jax.grad(at))
+    return lambda values: [host(g) for g in gradients([ops.convert_to_tensor(v) for v in values])]
+
+
 def colocated_scope(value):
     """The scope in which variables are made that live where `value` does."""
     strategy = getattr(value, "distribute_strategy", None) if IS_TENSORFLOW else None

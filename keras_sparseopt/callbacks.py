@@ -31,6 +31,12 @@ from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
 from keras_sparseopt.structures import units_of
 from keras_sparseopt.topology import is_named
 
+# How much of the drop fraction is left, by progress from 0 to 1.
+_SCHEDULES = {
+    "cosine": lambda progress, cos: (1 + cos(math.pi * progress)) / 2,
+    "linear": lambda progress, cos: 1 - progress,
+    "constant": lambda progress, cos: 1.0,
+}
 NO_GRADIENT = (
     "No dense gradient has arrived: the train step was compiled before `begin`, which then "
     "returned True. Make the train step again after it."
@@ -42,7 +48,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     ```
     every `update_every` optimizer steps t, begin_step ≤ t < end_step, for every sparse weight:
-        f(t)     = drop_fraction/2 · (1 + cos(π t / end_step))
+        f(t)     = drop_fraction/2 · (1 + cos(π t / end_step))      see `drop_schedule`
         n_update = floor(f(t) · n_active)
         mask     = drop_and_grow(weight, mask, scores, n_update)
     ```
@@ -75,13 +81,14 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     Args:
         update_every: Int, optimizer steps between mask updates, defaults to 100.
-        drop_fraction: Float in [0, 1), the fraction of active weights replaced at the start,
-            annealed by a cosine to 0 at `end_step`; or a Keras learning-rate schedule, a
-            function of the optimizer step. Defaults to 0.3.
+        drop_fraction: Float in [0, 1), the fraction of active weights replaced at the start, or a
+            Keras learning-rate schedule, a function of the optimizer step. Defaults to 0.3.
         begin_step: Int, no update before this optimizer step, defaults to 0.
         end_step: Int, no update at or after this optimizer step. `None` (default): 75 % of
             the steps of this fit.
         seed: Int, defaults to 0; of random growth.
+        drop_schedule: String, how a float `drop_fraction` goes on: `"cosine"` (default) or
+            `"linear"` to 0 at `end_step`, or `"constant"`.
         layers: List of names or patterns such as `"conv*"` of sparse weights (as `summary` shows
             them, or paths) that this method is for, or `None` (default) for all. Several methods
             with different layers may train one model; `drop_fraction` and `mask_change` are then
@@ -128,6 +135,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         begin_step=0,
         end_step=None,
         seed=0,
+        drop_schedule="cosine",
         layers=None,
         optimizer=None,
         compiled=None,
@@ -144,6 +152,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             check_bool("compiled", compiled)
         if not is_schedule(drop_fraction):
             check_fraction(drop_fraction)
+        if drop_schedule not in _SCHEDULES:
+            raise ValueError(
+                f"`drop_schedule` must be one of {', '.join(_SCHEDULES)}. "
+                f"Received: drop_schedule={drop_schedule!r}"
+            )
         if optimizer is not None and not isinstance(optimizer, str):
             raise ValueError(
                 "`optimizer` must be the name of an attribute of the model, or None. "
@@ -151,6 +164,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             )
         self.update_every = int(update_every)
         self.drop_fraction = drop_fraction
+        self.drop_schedule = drop_schedule
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
@@ -472,10 +486,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 check_fraction(value)
             return value
         progress = (step - self._first_step) / (self._end_step - self._first_step)
+        share = _SCHEDULES[self.drop_schedule]
         if isinstance(step, int):
-            return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        progress = ops.minimum(ops.cast(progress, "float32"), 1.0)
-        return self.drop_fraction / 2 * (1 + ops.cos(math.pi * progress))
+            return self.drop_fraction * share(min(progress, 1.0), math.cos)
+        return self.drop_fraction * share(ops.minimum(ops.cast(progress, "float32"), 1.0), ops.cos)
 
     # ------------------------------------------------------------------ one update
 

@@ -3,6 +3,7 @@
 import numbers
 
 import keras
+import numpy as np
 
 
 def check_bool(argument, value):
@@ -22,6 +23,13 @@ def check_float(argument, value, minimum, limit):
         raise ValueError(
             f"`{argument}` must be in [{minimum}, {limit}). Received: {argument}={value!r}"
         )
+
+
+def check_sparsity(sparsity):
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
+        raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
 
 
 def is_schedule(value):

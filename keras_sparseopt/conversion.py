@@ -10,6 +10,7 @@ from keras import ops
 from keras_sparseopt import distributions, keras_internals, masks
 from keras_sparseopt import layers as sparse
 from keras_sparseopt.backend import host
+from keras_sparseopt.checks import check_sparsity
 from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.graph import Following
 from keras_sparseopt.initializers import SparseHeNormal
@@ -108,17 +109,14 @@ def sparsify(
     References:
         Mocanu et al. 2018 (ER), Evci et al. 2020 (ERK); see `keras_sparseopt.erk`.
     """  # noqa: E501
-    _check_built(model)
+    check_built(model)
     if not isinstance(distribution, dict):
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
-            raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
+        check_sparsity(sparsity)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed!r}")
-    _check_not_training(model)
+    check_not_training(model)
     chosen = maskable(model, include, exclude)
-    structures = _structures(model, chosen, structure)
+    structures = structures_of(model, chosen, structure)
     kernels, counts = _active_counts(model, chosen, sparsity, distribution, structures)
     if not kernels:
         raise ValueError(
@@ -130,7 +128,7 @@ def sparsify(
         own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
         units = kernel.units(structures[id(kernel.variable)])
         drawn.append(units.random_mask(units.nearest(count), own_seed))
-    _attach_all(model, kernels, drawn, skew_correction, structures)
+    attach_all(model, kernels, drawn, skew_correction, structures)
     if not exclude and not isinstance(distribution, dict):
         _warn_if_mostly_dense(model)
     return model
@@ -150,7 +148,7 @@ def stays_dense(kernel):
     return kernel.why_not or ("" if kernel.variable.trainable else "frozen")
 
 
-def _structures(model, kernels, structure):
+def structures_of(model, kernels, structure):
     """The structure of each kernel, by the id of its variable."""
     rules = structure if isinstance(structure, dict) else {}
     default = as_structure(None if isinstance(structure, dict) else structure)
@@ -161,7 +159,16 @@ def _structures(model, kernels, structure):
     return found
 
 
-def _attach_all(model, kernels, drawn, skew_correction, structures):
+def attach_all(model, kernels, drawn, skew_correction, structures):
+    """Hang masks on weights, whose inactive values become 0.
+
+    Args:
+        model: Keras model.
+        kernels: List of `Kernel`s without a mask.
+        drawn: List of NumPy bool arrays, their masks.
+        skew_correction: As in `sparsify`.
+        structures: Dict, what `structures_of` returns.
+    """
     for kernel in kernels:
         if kernel.size > masks.MAX_KERNEL_SIZE:
             raise ValueError(
@@ -195,7 +202,7 @@ def _name(model, variable):
     return variable.path.removeprefix(f"{model.name}/").removesuffix("/kernel")
 
 
-def _check_built(model):
+def check_built(model):
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
     unbuilt = [x.name for x in keras_internals.unbuilt_layers(model)]
@@ -206,7 +213,7 @@ def _check_built(model):
         )
 
 
-def _check_not_training(model):
+def check_not_training(model):
     """Whoever was built before a mask hangs on its weights does not know of the mask."""
     for optimizer in optimizers_of(model):
         while optimizer is not None:
@@ -481,19 +488,19 @@ def masks_from_zeros(model, include=(), exclude=(), *, structure=None):
     assert kso.masks_from_zeros(model) == {"head": 0.5}
     ```
     """
-    _check_built(model)
-    _check_not_training(model)
+    check_built(model)
+    check_not_training(model)
     new = maskable(model, include, exclude)
     if not new and not sparse_weights(model):
         raise ValueError(
             f"Nothing is left to mask in '{model.name}'. Received: exclude={exclude!r}"
         )
-    structures = _structures(model, new, structure)
+    structures = structures_of(model, new, structure)
     own = [(v, _from_zeros(v, v.topology.units)) for v in sparse_weights(model)]
     found = [_from_zeros(k.variable, k.units(structures[id(k.variable)])) for k in new]
     for variable, mask in own:
         set_mask(variable, mask)
-    _attach_all(model, new, found, "auto", structures)
+    attach_all(model, new, found, "auto", structures)
     topologies = [variable.topology for variable in sparse_weights(model)]
     return {topology.name: topology.sparsity for topology in topologies}
 

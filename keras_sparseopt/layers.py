@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import keras_internals, masks
-from keras_sparseopt.checks import check_bool
+from keras_sparseopt.checks import check_bool, check_sparsity
 from keras_sparseopt.initializers import SparseHeNormal
 from keras_sparseopt.structures import as_structure, structure_config, units_of
 from keras_sparseopt.topology import Topology, einsum_neuron_axes
@@ -24,10 +24,7 @@ class SparseLayer(keras.layers.Layer):
     def __init__(
         self, *args, sparsity=0.0, seed=None, skew_correction=True, structure=None, **kwargs
     ):
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float, np.floating)):
-            raise ValueError(f"`sparsity` must be a float. Received: sparsity={sparsity!r}")
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"`sparsity` must be in [0, 1). Received: sparsity={sparsity}")
+        check_sparsity(sparsity)
         if seed is not None and (
             isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0
         ):

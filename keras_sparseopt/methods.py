@@ -41,7 +41,7 @@ class RigL(DynamicSparseTraining):
             `skew_correction=False` are ranked by the original one in both cases.
         gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
             steps, defaults to 1. At most `update_every`.
-        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
             `DynamicSparseTraining`; `seed` is accepted, but RigL draws nothing.
 
     Raises:
@@ -127,7 +127,7 @@ class SET(DynamicSparseTraining):
         update_every, drop_fraction, begin_step, end_step: The schedule, see
             `DynamicSparseTraining`.
         seed: Int, defaults to 0.
-        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:
@@ -153,6 +153,64 @@ class SET(DynamicSparseTraining):
 
     def scores(self, weight, mask, gradient, update):
         return update.units.random_scores(mask, self.seed, update.index, update.step)
+
+
+class MEST(DynamicSparseTraining):
+    """MEST: drop the connections that matter least by weight and gradient, grow at random.
+
+    ```
+    keep  = the (n_active − n_update) active weights of largest |w| + gradient_weight · |g|
+    score ~ Uniform(0, 1), as in `SET`
+    ```
+
+    `g` is the gradient of the step before the update, of which only the active part counts.
+    The original drops more at first than it grows (its "elastic mutation"); here the count of
+    active weights never changes. Its drop fraction goes down in steps: a Keras schedule does that.
+
+    Args:
+        update_every, drop_fraction, begin_step, end_step: The schedule, see
+            `DynamicSparseTraining`.
+        seed: Int, defaults to 0.
+        gradient_weight: Float ≥ 0, λ of the paper, defaults to 0.01.
+        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
+            `DynamicSparseTraining`.
+
+    Raises:
+        ValueError: As `DynamicSparseTraining`; or for a `gradient_weight` out of range.
+
+    Example:
+
+    ```python
+    import keras_sparseopt as kso
+
+    callback = kso.MEST(update_every=100, drop_fraction=0.3, drop_schedule="linear")
+    ```
+
+    References:
+        Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the
+        Edge", NeurIPS 2021, arXiv 2110.14032.
+    """
+
+    uses_gradient = True
+
+    def __init__(
+        self,
+        update_every=100,
+        drop_fraction=0.3,
+        begin_step=0,
+        end_step=None,
+        seed=0,
+        gradient_weight=0.01,
+        **schedule,
+    ):
+        super().__init__(update_every, drop_fraction, begin_step, end_step, seed, **schedule)
+        check_float("gradient_weight", gradient_weight, 0, math.inf)
+        self.gradient_weight = float(gradient_weight)
+
+    def new_mask(self, weight, mask, gradient, update):
+        value = abs(weight) + self.gradient_weight * abs(gradient)
+        scores = update.units.random_scores(mask, self.seed, update.index, update.step)
+        return update.units.drop_and_grow(value, mask, scores, update.num_update)
 
 
 class Static(DynamicSparseTraining):
@@ -203,7 +261,7 @@ class SNFS(DynamicSparseTraining):
         update_every, drop_fraction, begin_step, end_step: The schedule, see
             `DynamicSparseTraining`.
         momentum: Float in (0, 1), defaults to 0.9.
-        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:
@@ -371,7 +429,7 @@ class GraNet(GMP):
         initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
             0.5.
         drop_fraction: As in `DynamicSparseTraining`, defaults to 0.5.
-        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:
@@ -445,7 +503,7 @@ class SRigL(DynamicSparseTraining):
         ablation_exclude: List of names or patterns of weights whose neurons are never ablated, such
             as the classifier's; defaults to `()`. Layers that feed no normalization should be in
             it.
-        **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:

@@ -306,8 +306,8 @@ class NM(Structure):
         own = 1 - self.n / self.m
         if sparsity and not math.isclose(sparsity, own, abs_tol=1e-6):
             raise ValueError(
-                f"{self} has a sparsity of {own:g}, the nearest to what was asked for; or 0, where "
-                f"pruning begins. Received: {sparsity}"
+                f"`sparsity` under {self} must be {own:g}, the nearest that it has; or 0, where "
+                f"pruning begins. Received: sparsity={sparsity}"
             )
 
 

@@ -324,6 +324,7 @@ METHODS = {
     ),
     "SET": lambda **k: kso.SET(2, 0.5, end_step=100, seed=4, **k),
     "SNFS": lambda **k: kso.SNFS(2, 0.5, end_step=100, **k),
+    "MEST": lambda **k: kso.MEST(2, 0.5, end_step=100, gradient_weight=0.5, **k),
     "GMP": lambda **k: kso.GMP(0.9, 2, end_step=12, **k),
     "GMP global": lambda **k: kso.GMP(0.9, 2, end_step=12, scope="global", **k),
     "GraNet": lambda **k: kso.GraNet(0.9, 2, end_step=12, initial_sparsity=0.3, **k),

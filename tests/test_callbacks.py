@@ -168,6 +168,16 @@ def test_set_draws_depend_on_seed_kernel_and_step_only():
     assert not all(np.array_equal(a, b) for a, b in zip(first, other))
 
 
+@pytest.mark.parametrize(
+    "schedule, expected", [("constant", [0.4, 0.4, 0.4]), ("linear", [0.3, 0.2, 0.0])]
+)
+def test_drop_schedules_by_name(schedule, expected):
+    method = kso.RigL(update_every=2, drop_fraction=0.4, end_step=8, drop_schedule=schedule)
+    _, recorder, _ = fit(method)
+    now = [recorder.logs[step - 1]["drop_fraction"] for step in (2, 4, 8)]
+    np.testing.assert_allclose(now, expected)
+
+
 def test_drop_fraction_schedule_of_keras():
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.5, 0.0])
     _, recorder, _ = fit(kso.SET(3, schedule, end_step=100))

@@ -16,6 +16,7 @@ METHODS = {
     "RigL corrected": lambda: kso.RigL(4, 0.4, growth_gradient="corrected", gradient_steps=2),
     "SET": lambda: kso.SET(4, 0.4),
     "SNFS": lambda: kso.SNFS(4, 0.4),
+    "MEST": lambda: kso.MEST(4, 0.4, drop_schedule="linear"),
     "GMP": lambda: kso.GMP(0.8, 4, initial_sparsity=0.3),
     "GMP global": lambda: kso.GMP(0.8, 4, initial_sparsity=0.3, scope="global"),
     "GraNet": lambda: kso.GraNet(0.8, 4, initial_sparsity=0.3),
@@ -41,7 +42,7 @@ CELLS = [
     # eager mode runs the same lines one by one; one low precision of it will do
     if execution != "eager" or precision == "float32" or (method, precision) == EAGER_LOW
     # the step does not depend on how masks are ranked: for these one way of running will do
-    if method not in CHANGES_COUNTS | {"SNFS", "SRigL"} or execution == "XLA"
+    if method not in CHANGES_COUNTS | {"MEST", "SNFS", "SRigL"} or execution == "XLA"
 ]
 OPTIMIZERS = {
     "SparseOpt": lambda: kso.SparseOpt(keras.optimizers.SGD(0.05, momentum=0.9)),

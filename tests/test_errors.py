@@ -188,6 +188,13 @@ WRONG_CALLS = {
     "GraNet fraction": (lambda: kso.GraNet(drop_fraction=1), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=1"),
     "SNFS momentum": (lambda: kso.SNFS(momentum=0), "`momentum` must be in (0, 1). Received: momentum=0"),
     "SNFS accumulation": (lambda: fit(kso.SparseOpt(SGD(0.1, gradient_accumulation_steps=2)), kso.SNFS(1)), "A moving average of dense gradients cannot be kept under gradient accumulation. Received: gradient_accumulation_steps=2"),
+    "drop schedule": (lambda: kso.RigL(drop_schedule="cos"), "`drop_schedule` must be one of cosine, linear, constant. Received: drop_schedule='cos'"),
+    "MEST": (lambda: kso.MEST(gradient_weight=-1), "`gradient_weight` must be in [0, inf). Received: gradient_weight=-1"),
+    "block": (lambda: kso.Block(0, 1), "`inputs` must be an int ≥ 1. Received: inputs=0"),
+    "block of one": (lambda: kso.Block(1, 1), "must hold more than one weight; for single weights use Unstructured(). Received: inputs=1, neurons=1"),
+    "n of m": (lambda: kso.NM(4, 4), "`n` must be less than `m`. Received: n=4, m=4"),
+    "n:m sparsity": (lambda: kso.SparseDense(4, sparsity=0.9, structure=kso.NM(2, 4)), "`sparsity` under NM(2, 4) must be 0.5, the nearest that it has; or 0, where pruning begins. Received: sparsity=0.9"),
+    "structure": (lambda: kso.SparseDense(4, structure="2:4"), "`structure` must be a structure such as Block(4, 1), NM(2, 4) or ConstantFanIn(), or None. Received: structure='2:4'"),
     "SRigL salient": (lambda: kso.SRigL(min_salient=1.5), "`min_salient` must be in [0, 1). Received: min_salient=1.5"),
     "SRigL exclude": (lambda: kso.SRigL(ablation_exclude=[3]), "`ablation_exclude` must be a list of layer names or patterns, or None. Received: ablation_exclude=[3]"),
     # several devices, and resuming

@@ -137,6 +137,27 @@ def test_granet_prunes_globally_and_then_replaces_as_rigl():
             assert positions(new) == kept | top(score, replaced)
 
 
+# ---------------------------------------------------------------------- MEST
+
+
+def test_mest_drops_by_weight_and_gradient_and_grows_at_random():
+    method = kso.MEST(4, 0.5, end_step=16, seed=3, gradient_weight=2.0, drop_schedule="linear")
+    _, before, after, _ = train(method, epochs=2)
+    differs = False
+    for step in (4, 8, 12):
+        f = 0.5 * (1 - step / 16)
+        for index, ((w, old, g), (_, new, _)) in enumerate(zip(before[step - 1], after[step - 1])):
+            n = int(old.sum())
+            replaced = int(f * n)
+            value = np.where(old, np.abs(w) + np.float32(2.0) * np.abs(g), -1)
+            kept = top(value, n - replaced)
+            differs |= kept != top(np.where(old, np.abs(w), -1), n - replaced)
+            draws = masks.random_scores(old, 3, index, step).ravel().copy()
+            draws[list(kept)] = -1
+            assert positions(new) == kept | top(draws, replaced)
+    assert differs
+
+
 # ---------------------------------------------------------------------- SNFS
 
 

@@ -275,6 +275,7 @@ METHODS = {
     "RigL corrected": lambda **k: kso.RigL(2, 0.9, end_step=100, growth_gradient="corrected", **k),
     "SET": lambda **k: kso.SET(2, 0.9, end_step=100, **k),
     "SNFS": lambda **k: kso.SNFS(2, 0.9, end_step=100, **k),
+    "MEST": lambda **k: kso.MEST(2, 0.9, end_step=100, gradient_weight=1.0, **k),
     "GMP": lambda final, **k: kso.GMP(final, 2, end_step=10, **k),
     "GMP global": lambda final, **k: kso.GMP(final, 2, end_step=10, scope="global", **k),
     "GraNet": lambda final, **k: kso.GraNet(final, 2, end_step=10, initial_sparsity=0.0, **k),

@@ -1,0 +1,196 @@
+"""Masks found before training, from the untrained weights."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparseopt import keras_internals, masks
+from keras_sparseopt.backend import gradient_function, host
+from keras_sparseopt.checks import check_int, check_sparsity
+from keras_sparseopt.conversion import (
+    attach_all,
+    check_built,
+    check_not_training,
+    maskable,
+    structures_of,
+)
+
+
+def prune_at_init(
+    model,
+    sparsity,
+    method="snip",
+    data=None,
+    loss=None,
+    *,
+    iterations=100,
+    include=(),
+    exclude=(),
+    structure=None,
+    skew_correction="auto",
+):
+    """Make a model sparse, in place, by what its untrained weights say.
+
+    ```
+    "snip":     score = |w · ∂L/∂w|                               L: loss of one batch
+    "synflow":  for k = 1 … iterations, down to a density of (1 − sparsity)^(k / iterations):
+                score = |w| · ∂R/∂|w|        R: sum of the outputs for an input of ones, with all
+                                                trained weights replaced by their magnitudes
+    masks = the best scores of all layers together
+    ```
+
+    As `sparsify`, but layers share out the active weights as their scores have it. Train it with
+    `SparseOpt`, with fixed masks or with a method that moves them on.
+
+    Args:
+        model: Built Keras model.
+        sparsity: Float in [0, 1), the inactive fraction of the masked weights together.
+        method: `"snip"` (default) or `"synflow"`.
+        data: Tuple `(x, y)`, one batch, for `"snip"`; the larger, the less it is left to chance.
+            `"synflow"` needs none; a model without known inputs takes its shapes from `(x, y)`.
+        loss: Keras loss, its name, or a function `(y, outputs) → scalar`; `None` (default) for the
+            one that the model was compiled with.
+        iterations: Int, of `"synflow"`, defaults to 100.
+        include, exclude, structure, skew_correction: As in `sparsify`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: As `sparsify`; for a wrong argument; or if a score is not finite, as SynFlow's
+            of very deep networks in float32. The model has not changed then.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([
+        keras.Input((20,)),
+        keras.layers.Dense(32, "relu"),
+        keras.layers.Dense(4),
+    ])
+    x, y = np.random.rand(64, 20), np.random.randint(0, 4, 64)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    kso.prune_at_init(model, 0.9, "snip", (x, y), loss)
+    model.compile(kso.SparseOpt("sgd"), loss)
+    model.fit(x, y, verbose=0)
+    ```
+
+    References:
+        Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019;
+        Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
+        flow", NeurIPS 2020. Biases are not pruned here.
+    """
+    check_built(model)
+    check_sparsity(sparsity)
+    if method not in ("snip", "synflow"):
+        raise ValueError(f'`method` must be "snip" or "synflow". Received: method={method!r}')
+    check_int("iterations", iterations, 1)
+    check_not_training(model)
+    if data is not None and not (isinstance(data, tuple) and len(data) == 2):
+        raise ValueError(f"`data` must be a tuple (x, y), one batch. Received: {type(data)}")
+    kernels = maskable(model, include, exclude)
+    if not kernels:
+        raise ValueError(f"Nothing is left to mask. Received: exclude={exclude!r}")
+    structures = structures_of(model, kernels, structure)
+    for own in structures.values():
+        own.check_sparsity(sparsity)
+    if method == "snip":
+        scores = _snip(model, kernels, data, loss)
+        found = _best(kernels, structures, scores, sparsity)
+    else:
+        found = _synflow(model, kernels, structures, data, sparsity, iterations)
+    attach_all(model, kernels, found, skew_correction, structures)
+    return model
+
+
+def _snip(model, kernels, data, loss):
+    if data is None:
+        raise ValueError('`data` must be given for "snip": a batch (x, y). Received: data=None')
+    x, y = data
+    function = _loss_function(model, loss)
+    gradients = gradient_function(
+        lambda: function(ops.convert_to_tensor(y), model(x, training=True)),
+        [kernel.variable for kernel in kernels],
+    )
+    values = [host(kernel.variable) for kernel in kernels]
+    return [w * g for w, g in zip(values, gradients(values))]
+
+
+def _loss_function(model, loss):
+    loss = getattr(model, "loss", None) if loss is None else loss
+    if loss is None or isinstance(loss, (dict, list)):
+        raise ValueError(
+            "`loss` must be a Keras loss, its name or a function of (y, outputs), unless the model "
+            f"is compiled with one. Received: loss={loss!r}"
+        )
+    function = keras.losses.get(loss)
+    return lambda y, outputs: ops.mean(function(y, outputs))
+
+
+def _synflow(model, kernels, structures, data, sparsity, iterations):
+    inputs = _inputs(model, data)
+    kept = {id(kernel.variable) for kernel in kernels}
+    others = [v for v in model.trainable_variables if id(v) not in kept]
+
+    def flow():
+        outputs = model(inputs, training=False)
+        return sum(ops.sum(output) for output in keras.tree.flatten(outputs))
+
+    variables = [*(kernel.variable for kernel in kernels), *others]
+    gradients = gradient_function(flow, variables)
+    every = [np.abs(host(variable)) for variable in variables]
+    values, rest = every[: len(kernels)], every[len(kernels) :]
+    found = [np.ones(value.shape, bool) for value in values]
+    for k in range(1, iterations + 1):
+        present = [masks.masked(value, mask) for value, mask in zip(values, found)]
+        flows = gradients([*present, *rest])[: len(kernels)]
+        reached = sparsity if k == iterations else 1 - (1 - sparsity) ** (k / iterations)
+        found = _best(kernels, structures, [w * g for w, g in zip(present, flows)], reached)
+    return found
+
+
+def _inputs(model, data):
+    """Ones in the shape of one example."""
+    if data is not None:
+        return keras.tree.map_structure(lambda x: np.ones_like(x[:1]), data[0])
+    functional = keras_internals.functional_of(model)
+    if functional is None or any(None in x.shape[1:] for x in functional.inputs):
+        raise ValueError(
+            "`data` must be given for a model whose input shapes are not known: a batch (x, y). "
+            "Received: data=None"
+        )
+    return keras.tree.map_structure(
+        lambda x: np.ones((1, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)),
+        functional.input,
+    )
+
+
+def _best(kernels, structures, scores, sparsity):
+    """The masks of best scores, ranked together where structures share out a budget."""
+    for kernel, score in zip(kernels, scores):
+        if not np.isfinite(score).all():
+            raise ValueError(
+                f"The score of '{kernel.variable.path}' is not finite: the values of the model "
+                "overflow, or its loss is not finite."
+            )
+    everything = [np.ones(score.shape, bool) for score in scores]
+    counts = [masks.num_active(score.size, sparsity) for score in scores]
+    own = [structures[id(kernel.variable)] for kernel in kernels]
+    together = [i for i, structure in enumerate(own) if structure.shares_a_budget]
+    if together:
+        number = masks.num_active(sum(scores[i].size for i in together), sparsity)
+        shares = masks.prune_together(
+            [scores[i] for i in together], [everything[i] for i in together], number
+        )
+        for i, share in zip(together, shares):
+            counts[i] = share
+    units = [kernel.units(structure) for kernel, structure in zip(kernels, own)]
+    return [
+        unit.prune(score, every, np.int32(unit.nearest(count)))
+        for unit, score, every, count in zip(units, scores, everything, counts)
+    ]
