@@ -14,8 +14,7 @@ class SparseHeNormal(HeNormal):
 
     An initializer does not see the mask, so on its own (in a dense layer) this is
     `keras.initializers.HeNormal`. A sparse layer rescales each neuron by `√(fan_in / k_i)`
-    when it is built. The string `"sparse_he_normal"` names it wherever Keras
-    takes an initializer.
+    when it is built. There the string `"sparse_he_normal"` names it.
 
     Args:
         seed: Int, `keras.random.SeedGenerator` or `None` (default), as in `HeNormal`.
@@ -36,6 +35,3 @@ class SparseHeNormal(HeNormal):
         Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win",
         AAAI 2022.
     """
-
-
-keras.saving.get_custom_objects()["sparse_he_normal"] = SparseHeNormal

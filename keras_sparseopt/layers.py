@@ -18,6 +18,12 @@ from keras_sparseopt.topology import Topology, einsum_neuron_axes
 _calling = threading.local()
 
 
+def _initializer(value):
+    """Keras knows only its own initializers by name."""
+    by_name = isinstance(value, str) and value == "sparse_he_normal"
+    return SparseHeNormal() if by_name else value
+
+
 class SparseLayer(keras.layers.Layer):
     """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
 
@@ -39,7 +45,10 @@ class SparseLayer(keras.layers.Layer):
                     "strip the trained model and apply it to the plain layer. "
                     f"Received: {refused}={kwargs[refused]!r}"
                 )
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            *(_initializer(value) for value in args),
+            **{argument: _initializer(value) for argument, value in kwargs.items()},
+        )
         if self.quantization_mode is not None:
             raise ValueError(
                 f"{type(self).__name__} does not support a quantized `dtype` policy. "

@@ -163,7 +163,7 @@ def test_sparse_he_normal_uses_the_actual_fan_in(name):
     assert scaled[mask & many].std() == pytest.approx(scaled[mask & ~many].std(), rel=0.05)
 
 
-def test_sparse_he_normal_is_a_name_for_keras():
+def test_sparse_he_normal_has_a_name():
     layer = kso.SparseConv2D(
         4, 3, (1, 1), "same", None, (1, 1), 1, None, False, "sparse_he_normal", sparsity=0.5
     )
