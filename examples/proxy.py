@@ -6,6 +6,7 @@ settings with the same seed start from the same weights and masks and see the sa
 that their difference is a paired one.
 """
 
+import functools
 import json
 import math
 import multiprocessing
@@ -317,25 +318,29 @@ class Record:
 _worker: dict = {}
 
 
-def _start_worker(data_dir, quick, train):
+def _start_worker(load_data, train):
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    _worker.update(data=made_up() if quick else load(data_dir), train=train)
+    _worker.update(data=load_data(), train=train)
 
 
 def _run(setting):
     return setting, _worker["train"](_worker["data"], setting)
 
 
-def train_all(settings, record, data_dir=None, quick=False, jobs=1, train=train):
+def train_all(
+    settings, record, data_dir=None, quick=False, jobs=1, train=train, load_data=None
+):  # fmt: skip
     """Train what is not in the record yet, `jobs` at a time, in processes with a thread each."""
+    if load_data is None:
+        load_data = made_up if quick else functools.partial(load, data_dir)
     missing = list({record.key(s): s for s in settings if s not in record}.values())
     if not missing:
         return
     pool = multiprocessing.get_context("spawn").Pool(
-        jobs, _start_worker, (data_dir, quick, train), maxtasksperchild=20
+        jobs, _start_worker, (load_data, train), maxtasksperchild=20
     )
     with pool:
         results = pool.imap_unordered(_run, missing)

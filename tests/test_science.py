@@ -122,6 +122,35 @@ def test_capacity_comparison_runs(tmp_path):
     assert (tmp_path / "quick" / "capacity_comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+# ---------------------------------------------------------------------------------- structures
+
+
+def test_structure_comparison_runs(tmp_path, capsys):
+    import structure_comparison as sc
+
+    arguments = ["--quick", "--only", r"mlp rigl NM\(2", "--output", str(tmp_path)]
+    content = sc.main(arguments)
+    rows = content["comparisons"]
+    assert [row["skew_correction"] for row in rows] == [True, False]
+    by_setting = {
+        tuple(run["setting"].get(k, sc.DEFAULTS[k]) for k in ("structure", "seed")): run["result"]
+        for run in content["runs"]
+        if "skew_correction" not in run["setting"]
+    }
+    differences = [
+        by_setting["NM(2, 4)", s]["test_accuracy"][-1]
+        - by_setting["unstructured", s]["test_accuracy"][-1]
+        for s in (0, 1)
+    ]
+    assert rows[0]["difference"] == pytest.approx(100 * np.mean(differences))
+    assert all(run["result"]["sparsity"] == 0.5 for run in content["runs"])
+    assert "mlp     rigl              NM(2, 4)" in capsys.readouterr().out
+    picture = tmp_path / "quick" / "structure_comparison.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    trained = len(content["runs"])
+    assert len(sc.main(arguments)["runs"]) == trained == 8  # none is repeated
+
+
 # ----------------------------------------------------------------------------------- the skew
 
 

@@ -1,0 +1,227 @@
+"""What a structure costs in test accuracy, beside unstructured masks that are as sparse.
+
+    python examples/structure_comparison.py --jobs 2      # an hour on two CPU cores
+    python examples/structure_comparison.py --quick       # a minute: does it run?
+
+Trainings in pairs, from the same initial weights and on the same batches: one under a structure,
+one unstructured and as sparse. An MLP and a small ResNet learn scikit-learn's digits under RigL,
+with and without SparseOpt's correction, and by gradual magnitude pruning (GMP). The mean of the
+paired differences and its 95 % confidence interval; all trainings go into one file, and none is
+repeated.
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+
+import digits
+import keras
+import numpy as np
+from models import mlp, resnet
+from proxy import Record, confidence, full, train_all
+
+import keras_sparseopt as kso
+
+DEFAULTS = {
+    "family": "mlp",
+    "structure": "unstructured",
+    "sparsity": 0.9,
+    "method": "rigl",
+    "skew_correction": True,
+    "epochs": 20,
+    "seed": 0,
+}
+STRUCTURES = {
+    "unstructured": None,
+    "Block(4, 1)": kso.Block(4, 1),
+    "Block(8, 1)": kso.Block(8, 1),
+    "Block(4, 4)": kso.Block(4, 4),
+    "ConstantFanIn()": kso.ConstantFanIn(),
+    "NM(2, 4)": kso.NM(2, 4),
+    "NM(1, 4)": kso.NM(1, 4),
+}
+SPARSITIES = {"NM(2, 4)": [0.5], "NM(1, 4)": [0.75]}
+FAMILIES = {
+    "mlp": lambda: mlp((8, 8, 1), 10, 256, hidden=2),
+    "resnet": lambda: resnet((8, 8, 1), 10, (16, 32), 1, bn_momentum=0.9),
+}
+UPDATE_EVERY = 15
+COLORS = {"mlp": "#30638e", "resnet": "#d1495b"}
+
+
+def train(data, setting):
+    setting = full(setting, DEFAULTS)
+    train_x, test_x, train_y, test_y = data
+    keras.utils.set_random_seed(setting["seed"])
+    model = FAMILIES[setting["family"]]()
+    prunes = setting["method"] == "gmp"
+    kso.sparsify(
+        model,
+        0.0 if prunes else setting["sparsity"],
+        "uniform" if prunes else "erk",
+        structure=STRUCTURES[setting["structure"]],
+        seed=setting["seed"],
+    )
+    steps = setting["epochs"] * -(-len(train_x) // digits.BATCH_SIZE)
+    schedule = keras.optimizers.schedules.CosineDecay(digits.LEARNING_RATE, steps)
+    sgd = keras.optimizers.SGD(schedule, momentum=digits.MOMENTUM)
+    model.compile(
+        optimizer=kso.SparseOpt(sgd, skew_correction=setting["skew_correction"]),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    method = (
+        kso.GMP(setting["sparsity"], UPDATE_EVERY)
+        if prunes
+        else kso.RigL(UPDATE_EVERY, digits.DROP_FRACTION)
+    )
+    history = model.fit(
+        train_x, train_y, batch_size=digits.BATCH_SIZE, epochs=setting["epochs"], verbose=0,
+        validation_data=(test_x, test_y), callbacks=[method],
+    ).history  # fmt: skip
+    fan_ins = np.concatenate(
+        [(1 - w.topology.neuron_sparsity).ravel() for w in kso.sparse_weights(model)]
+    )
+    return {
+        "test_accuracy": [round(a, 5) for a in history["val_accuracy"]],
+        "sparsity": history["sparsity"][-1],
+        "dead_neurons": int((fan_ins == 0).sum()),
+        "neurons": fan_ins.size,
+    }
+
+
+def cells():
+    """What is compared: dicts of settings, without the seed."""
+    for method, corrected in (("rigl", True), ("rigl", False), ("gmp", True)):
+        for family in FAMILIES:
+            for structure in list(STRUCTURES)[1:]:
+                for sparsity in SPARSITIES.get(structure, [0.8, 0.9, 0.95]):
+                    yield {
+                        "family": family, "structure": structure, "sparsity": sparsity,
+                        "method": method, "skew_correction": corrected,
+                    }  # fmt: skip
+
+
+def compare(record, chosen, seeds):
+    """Rows of differences to the unstructured twin, in percentage points."""
+    rows = []
+    for cell in chosen:
+        pairs = []
+        for seed in range(seeds):
+            setting = {**cell, "seed": seed}
+            twin = {**setting, "structure": "unstructured"}
+            if setting in record and twin in record:
+                pairs.append([100 * record[s]["test_accuracy"][-1] for s in (setting, twin)])
+        if not pairs:
+            continue
+        own, twins = np.array(pairs).T
+        rows.append(
+            {
+                **cell,
+                "seeds": len(pairs),
+                "accuracy": float(own.mean()),
+                "unstructured": float(twins.mean()),
+                "difference": float((own - twins).mean()),
+                "± 95 %": confidence(own - twins),
+                "reached": float(np.mean([
+                    record[{**cell, "seed": s}]["sparsity"] for s in range(seeds)
+                    if {**cell, "seed": s} in record
+                ])),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def table(rows):
+    yield (
+        f"{'family':<8}{'method':<18}{'structure':<18}{'sparsity':>9}{'accuracy':>10}"
+        f"{'unstructured':>14}{'difference':>20}"
+    )
+    for row in rows:
+        method = row["method"] + ("" if row["skew_correction"] else ", masked only")
+        yield (
+            f"{row['family']:<8}{method:<18}{row['structure']:<18}{row['reached']:>9.3f}"
+            f"{row['accuracy']:>10.2f}{row['unstructured']:>14.2f}"
+            f"{row['difference']:>+12.2f} ± {row['± 95 %']:.2f}"
+        )
+
+
+def picture(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+    rows = [row for row in rows if row["skew_correction"]]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    labels = list(dict.fromkeys((row["structure"], row["sparsity"]) for row in rows))
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(6 * len(methods), 1.2 + 0.32 * len(labels)), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for axis, method in zip(axes[0], methods):
+        for offset, (family, color) in enumerate(COLORS.items()):
+            some = [r for r in rows if (r["method"], r["family"]) == (method, family)]
+            heights = [labels.index((r["structure"], r["sparsity"])) for r in some]
+            axis.errorbar(
+                [r["difference"] for r in some], np.array(heights) + 0.3 * offset - 0.15,
+                xerr=[r["± 95 %"] for r in some], fmt="o", color=color, label=family, capsize=2,
+            )  # fmt: skip
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set(
+            xlabel="test accuracy − unstructured (percentage points)",
+            title={"rigl": "RigL + SparseOpt", "gmp": "GMP + SparseOpt"}[method],
+        )
+        axis.grid(axis="x", alpha=0.25)
+    axes[0][0].set_yticks(range(len(labels)), [f"{name}, {s:.0%}" for name, s in labels])
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--only", help="regular expression: cells to run, as 'mlp rigl NM(2, 4)'")
+    parser.add_argument("--quick", action="store_true", help="one epoch, two seeds; into quick/")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
+    args = parser.parse_args(argv)
+    chosen = [
+        cell
+        for cell in cells()
+        if not args.only
+        or re.search(args.only, f"{cell['family']} {cell['method']} {cell['structure']}")
+    ]
+    if not chosen:
+        parser.error(f"no cell matches: {args.only}")
+    if args.quick:
+        args.output, args.seeds = args.output / "quick", 2
+        chosen = [
+            {**c, "epochs": 1} for c in chosen if c["sparsity"] < 0.8 and c["family"] == "mlp"
+        ]
+    command = " ".join(["python examples/structure_comparison.py", *(argv or sys.argv[1:])])
+    command = re.sub(r" --(output|jobs) \S+", "", command)
+    record = Record(args.output / "structure_comparison.json", command, DEFAULTS)
+    settings = [
+        {**cell, "structure": structure, "seed": seed}
+        for cell in chosen
+        for seed in range(args.seeds)
+        for structure in (cell["structure"], "unstructured")
+    ]
+    train_all(settings, record, jobs=args.jobs, train=train, load_data=digits.load)
+    rows = compare(record, chosen, args.seeds)
+    record.content["comparisons"] = rows
+    record.write()
+    print(*table(rows), sep="\n")
+    picture(rows, record.path.with_suffix(".png"))
+    print(f"→ {record.path}, {record.path.with_suffix('.png')}")
+    return record.content
+
+
+if __name__ == "__main__":
+    main()
