@@ -58,8 +58,9 @@ def prune_at_init(
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: As `sparsify`; for a wrong argument; or if a score is not finite, as SynFlow's
-            of very deep networks in float32. The model has not changed then.
+        ValueError: As `sparsify`; for a wrong argument; if a score is not finite, as SynFlow's of
+            very deep networks in float32; or if a model for SynFlow does not end linearly. The
+            model has not changed then.
 
     Example:
 
@@ -118,7 +119,7 @@ def _snip(model, kernels, data, loss):
         [kernel.variable for kernel in kernels],
     )
     values = [host(kernel.variable) for kernel in kernels]
-    return [w * g for w, g in zip(values, gradients(values))]
+    return [w * g for w, g in zip(values, gradients(values)[1])]
 
 
 def _loss_function(model, loss):
@@ -129,7 +130,16 @@ def _loss_function(model, loss):
             f"is compiled with one. Received: loss={loss!r}"
         )
     function = keras.losses.get(loss)
-    return lambda y, outputs: ops.mean(function(y, outputs))
+
+    def mean(y, outputs):
+        if isinstance(outputs, (list, tuple, dict)):
+            raise ValueError(
+                '"snip" needs a model of one output. Received: '
+                f"{len(keras.tree.flatten(outputs))} outputs"
+            )
+        return ops.mean(function(y, outputs))
+
+    return mean
 
 
 def _synflow(model, kernels, structures, data, sparsity, iterations):
@@ -148,9 +158,15 @@ def _synflow(model, kernels, structures, data, sparsity, iterations):
     found = [np.ones(value.shape, bool) for value in values]
     for k in range(1, iterations + 1):
         present = [masks.masked(value, mask) for value, mask in zip(values, found)]
-        flows = gradients([*present, *rest])[: len(kernels)]
+        total, flows = gradients([*present, *rest])
+        scores = [w * g for w, g in zip(present, flows)]
+        if sum(score.sum() for score in scores) < 1e-3 * abs(total):
+            raise ValueError(
+                '"synflow" needs outputs that grow with the weights: a model that ends without '
+                f"softmax or sigmoid. Received: '{model.name}', whose outputs hardly depend on them"
+            )
         reached = sparsity if k == iterations else 1 - (1 - sparsity) ** (k / iterations)
-        found = _best(kernels, structures, [w * g for w, g in zip(present, flows)], reached)
+        found = _best(kernels, structures, scores, reached)
     return found
 
 

@@ -93,7 +93,7 @@ def gradient_function(function, variables):
         variables: List of Keras variables.
 
     Returns:
-        Function of a list of arrays, their values → list of NumPy arrays.
+        Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
     """
 
     def at(values):
@@ -108,13 +108,18 @@ def gradient_function(function, variables):
             with tf.GradientTape() as tape:
                 tape.watch(values)
                 result = at(values)
-            return tape.gradient(result, values, unconnected_gradients="zero")
+            return result, tape.gradient(result, values, unconnected_gradients="zero")
 
     else:
         import jax
 
-        gradients = jax.jit(jax.grad(at))
-    return lambda values: [host(g) for g in gradients([ops.convert_to_tensor(v) for v in values])]
+        gradients = jax.jit(jax.value_and_grad(at))
+
+    def on_host(values):
+        value, found = gradients([ops.convert_to_tensor(v) for v in values])
+        return float(host(value)), [host(gradient) for gradient in found]
+
+    return on_host
 
 
 def colocated_scope(value):

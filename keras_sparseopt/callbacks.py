@@ -208,6 +208,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     def new_mask(self, weight, mask, gradient, update):
         """The next mask of one weight: a pure function.
 
+        Choose by `update.units`, which keeps the structure of the mask. Any other mask without it
+        is refused on the host; compiled, nothing checks that.
+
         Args:
             weight, mask, gradient, update: As in `scores`.
 
@@ -427,7 +430,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 facts = {"num_update": number, "step": step, "index": weight.index}
                 new_mask = self._ranking(weight)
                 mover = optimizer.mover(weight, new_mask, initial=False)
-                state, mask, scale, new, count = mover(state, mask, gradient, facts)
+                state, mask, scale, (new, count, _) = mover(state, mask, gradient, facts)
                 results.append([*state, mask, *([] if scale is None else [scale])])
                 changed, active = changed + new, active + count
             change = ops.cast(changed, "float32") / ops.cast(ops.maximum(active, 1), "float32")

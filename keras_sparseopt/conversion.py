@@ -126,7 +126,15 @@ def sparsify(
     drawn = []
     for position, (kernel, count) in enumerate(zip(kernels, counts)):
         own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
-        units = kernel.units(structures[id(kernel.variable)])
+        structure = structures[id(kernel.variable)]
+        units = kernel.units(structure)
+        if units.nearest(count) == units.total and count < kernel.size / 2:
+            warnings.warn(
+                f"{structure} leaves '{kernel.variable.path}' of shape "
+                f"{tuple(kernel.variable.shape)} dense: it has too few inputs. Exclude it, or give "
+                "it another structure by a rule.",
+                stacklevel=2,
+            )
         drawn.append(units.random_mask(units.nearest(count), own_seed))
     attach_all(model, kernels, drawn, skew_correction, structures)
     if not exclude and not isinstance(distribution, dict):
@@ -449,7 +457,7 @@ def set_mask(target, mask):
             f"Received: target={target!r}"
         )
     topology = variables[0].topology
-    mask = topology.check_mask(mask)
+    mask = topology.check_mask(mask, is_final=True)
     topology.change(mask)
     for optimizer in topology.optimizers:
         optimizer.set_budget(topology)
@@ -496,6 +504,14 @@ def masks_from_zeros(model, include=(), exclude=(), *, structure=None):
             f"Nothing is left to mask in '{model.name}'. Received: exclude={exclude!r}"
         )
     structures = structures_of(model, new, structure)
+    if structure is not None and not isinstance(structure, dict):
+        for topology in (variable.topology for variable in sparse_weights(model)):
+            if topology.structure != structure:
+                raise ValueError(
+                    "`structure` must be that of the masks that are there already, or None; strip "
+                    f"the model before to give it another one. Received: structure={structure}, "
+                    f"'{topology.name}' has {topology.structure}"
+                )
     own = [(v, _from_zeros(v, v.topology.units)) for v in sparse_weights(model)]
     found = [_from_zeros(k.variable, k.units(structures[id(k.variable)])) for k in new]
     for variable, mask in own:
@@ -512,7 +528,10 @@ def _from_zeros(variable, units):
     try:
         return units.smallest(nonzero)
     except ValueError as error:
-        raise ValueError(f"The zeros of '{variable.path}' are in other places: {error}") from None
+        raise ValueError(
+            f"The zeros of '{variable.path}' are in other places: {error}. In the middle of "
+            "pruning only a file that holds the optimizer brings masks back."
+        ) from None
 
 
 def masked_share(model):

@@ -4,6 +4,7 @@ import math
 
 from keras import layers as keras_layers
 
+from keras_sparseopt.backend import host
 from keras_sparseopt.conversion import stays_dense
 from keras_sparseopt.graph import Following
 from keras_sparseopt.topology import kernels_of, topology_of
@@ -62,7 +63,7 @@ def layer_costs(model):
                 "sparsity": 1.0 - active / kernel.size,
                 "active_weights": active,
                 "weights": kernel.size,
-                "structure": None if topology is None else str(topology.structure),
+                "structure": None if topology is None else _structure(topology),
                 "dense_because": why,
                 "skew_correction": None if topology is None else topology.skew_correction,
                 "normalization": feeds or None,
@@ -72,6 +73,11 @@ def layer_costs(model):
             }
         )
     return rows
+
+
+def _structure(topology):
+    finished = topology.units.is_finished(host(topology.mask))
+    return f"{topology.structure}" if finished else f"{topology.structure}, unfinished"
 
 
 def _flops_per_weight(kernel, graph):

@@ -208,6 +208,7 @@ class MEST(DynamicSparseTraining):
         self.gradient_weight = float(gradient_weight)
 
     def new_mask(self, weight, mask, gradient, update):
+        weight, gradient = masks.as_float(weight), masks.as_float(gradient)
         value = abs(weight) + self.gradient_weight * abs(gradient)
         scores = update.units.random_scores(mask, self.seed, update.index, update.step)
         return update.units.drop_and_grow(value, mask, scores, update.num_update)
@@ -322,7 +323,8 @@ class GMP(DynamicSparseTraining):
         initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
             0.0.
         scope: `"layer"` (default) brings every weight to the same sparsity, `"global"` ranks the
-            weights of all layers together.
+            weights of all layers together (single weights, also of blocks; within a layer its
+            structure chooses).
         **schedule: `layers`, `optimizer`, `compiled`, `check_replicas`, see
             `DynamicSparseTraining`.
 
@@ -381,6 +383,19 @@ class GMP(DynamicSparseTraining):
 
     def is_over(self):
         return self._step >= self._end_step + self.update_every
+
+    def begin(self, optimizer, total_steps=None):
+        again = super().begin(optimizer, total_steps)
+        try:
+            for weight in self._weights():
+                weight.topology.structure.check_sparsity(self.final_sparsity)
+        except ValueError as error:
+            self.end()
+            raise ValueError(
+                f"`final_sparsity` does not fit '{weight.topology.name}'; weights of another "
+                f"structure need a method of their own (`layers=`). {error}"
+            ) from None
+        return again
 
     def target_sparsity(self, step):
         """The schedule's sparsity at an optimizer step: float."""

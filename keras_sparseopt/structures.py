@@ -37,6 +37,8 @@ class Structure:
 
     # Whether the layers of a model may share out their active weights as they need them.
     shares_a_budget = True
+    # Whether groups may have more than `fewest`, on the way to fewer.
+    has_a_way = False
     # Whether it looks at a kernel as (spatial, inputs, neurons); otherwise at its own axes.
     cuts = False
 
@@ -79,15 +81,15 @@ class Structure:
         """1 / weights of each unit, if they differ: NumPy array that broadcasts over the units."""
         return None
 
-    def fewest(self, count, sizes, repeats):
-        """What every group has at least, of `count` active units; for structures with groups.
+    def fewest(self, count, present, sizes):
+        """What every group has at least, when `count` units stay; for structures with groups.
 
         Args:
             count: NumPy int32 or int32 tensor.
+            present: int32 array, how many are active now, one number per group.
             sizes: As `group_sizes` returns it.
-            repeats: Int, how many groups there are of each of the sizes.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has groups and must implement `fewest`.")
 
     def allowed(self, wanted, sizes):
         """The numbers of active units by group, at least `wanted`, that are allowed.
@@ -102,8 +104,8 @@ class Structure:
         """The number of active units, closest to the int `count`, that a kernel can have: int."""
         return max(1, count)
 
-    def is_complete(self, counts, sizes):
-        """Whether these numbers of active units by group are not just passed through by `GMP`."""
+    def is_finished(self, counts, sizes):
+        """Whether these numbers of active units by group are not only passed through by `GMP`."""
         return True
 
     def check_sparsity(self, sparsity):
@@ -206,8 +208,8 @@ class Block(Structure):
             (spatial, inputs // self.inputs, self.inputs, neurons // self.neurons, self.neurons),
         )
         # One by one: sums in the same order are equal, bit for bit, on every backend.
-        parts = [tiles[:, :, i, :, j] for i in range(self.inputs) for j in range(self.neurons)]
-        return functools.reduce(combine, parts)
+        columns = functools.reduce(combine, [tiles[:, :, i] for i in range(self.inputs)])
+        return functools.reduce(combine, [columns[..., j] for j in range(self.neurons)])
 
     def join(self, units, shape):
         xp = masks.xp_of(units)
@@ -228,7 +230,8 @@ class NM(Structure):
     2:4 is what NVIDIA's sparse tensor cores multiply. The sparsity is 1 − n/m, and no other; or 0,
     where `GMP` begins: on its way, no group has fewer than `n`. Where the inputs are no multiple of
     `m`, the last group is shorter and has n/m of its weights active, rounded up from one half, and
-    at least one. A growing method exchanges weights within the groups.
+    at least one: a kernel of one input stays dense. A growing method exchanges weights within the
+    groups.
 
     Args:
         n: Int, active weights of a group, defaults to 2.
@@ -259,6 +262,7 @@ class NM(Structure):
     m: int = 4
     cuts = True
     shares_a_budget = False
+    has_a_way = True
 
     def __post_init__(self):
         check_int("n", self.n, 1)
@@ -287,7 +291,7 @@ class NM(Structure):
         sizes = np.minimum(inputs - np.arange(0, inputs, self.m), self.m)
         return sizes.astype("int32").reshape(1, -1, 1, 1)
 
-    def fewest(self, count, sizes, repeats):
+    def fewest(self, count, present, sizes):
         return self._number(sizes)
 
     def _number(self, sizes):
@@ -296,11 +300,13 @@ class NM(Structure):
     def allowed(self, wanted, sizes):
         return masks.xp_of(wanted).maximum(wanted, self._number(sizes))
 
-    def is_complete(self, counts, sizes):
+    def is_finished(self, counts, sizes):
         return bool((counts <= self._number(sizes)).all() or (counts == sizes).all())
 
     def nearest(self, count, sizes, repeats):
-        return max(count, int(self._number(sizes).sum()) * repeats)
+        own = int(self._number(sizes).sum()) * repeats
+        asked = round(self.n / self.m * int(sizes.sum()) * repeats)
+        return own if count <= max(own, asked) else count
 
     def check_sparsity(self, sparsity):
         own = 1 - self.n / self.m
@@ -339,8 +345,10 @@ class ConstantFanIn(Structure):
     def group_axes(self, fan_in_axes):
         return fan_in_axes
 
-    def fewest(self, count, sizes, repeats):
-        return masks.xp_of(count).floor_divide(count, repeats) + 0 * sizes
+    def fewest(self, count, present, sizes):
+        remaining = masks.count(present > 0)
+        each = masks.xp_of(present).floor_divide(count, remaining)
+        return masks.xp_of(present).minimum(present, each)
 
     def allowed(self, wanted, sizes):
         xp = masks.xp_of(wanted)
@@ -507,11 +515,12 @@ class Units:
 
     def _prune_groups(self, magnitudes, active, count):
         xp = masks.xp_of(active)
-        fewest = self._structure.fewest(count, self._group_sizes, self._repeats)
+        fewest = self._structure.fewest(count, self._by_group(active), self._group_sizes)
         keys = masks.magnitude_keys(magnitudes, active)
         always = xp.logical_and(masks.top(keys, fewest, self._group_axes), active)
-        rest = xp.maximum(count - xp.sum(fewest) * self._repeats, 0)
-        number = xp.minimum(masks.count(always) + rest, masks.count(active))
+        if not self._structure.has_a_way:
+            return always
+        number = xp.minimum(xp.maximum(count, masks.count(always)), masks.count(active))
         return masks.top(xp.where(always, masks.HIGHEST, keys), number)
 
     def random_mask(self, count, seed):
@@ -559,7 +568,7 @@ class Units:
         """
         wanted = self._is_active(wanted)
         counts = self._by_group(wanted)
-        if not self._structure.is_complete(counts, self._group_sizes):
+        if not self._structure.is_finished(counts, self._group_sizes):
             raise ValueError(f"what is not 0 does not fit {self._structure}")
         numbers = self._structure.allowed(counts, self._group_sizes)
         return self._joined(self._with_numbers(wanted, wanted, numbers))
@@ -572,6 +581,11 @@ class Units:
         counts = self._by_group(active)
         allowed = self._structure.allowed(counts, self._group_sizes)
         return bool(np.array_equal(counts, allowed) and np.array_equal(self._joined(active), mask))
+
+    def is_finished(self, mask):
+        """Whether a NumPy mask is not only passed through by `GMP`: bool."""
+        counts = self._by_group(self._is_active(mask))
+        return self._structure.is_finished(counts, self._group_sizes)
 
     def _with_numbers(self, first, second, numbers):
         """So many units of each group: first those of `first`, then of `second`, then others."""

@@ -207,14 +207,18 @@ class Topology:
             return int(self.units.num_active(host(self.mask)))
         return int(host(self.units.num_active_compiled(ops.convert_to_tensor(self.mask))))
 
-    def check_mask(self, mask):
+    def check_mask(self, mask, is_final=False):
         """`mask` as a NumPy bool array, if the weight may have it.
+
+        Args:
+            mask: Array.
+            is_final: Bool; `False` takes what `GMP` passes through under `NM`, too.
 
         Raises:
             ValueError: If it has another shape or dtype, or not the weight's structure.
         """
         mask = masks.check_mask(mask, self.variable.shape)
-        if not self.units.holds(mask):
+        if not self.units.holds(mask) or (is_final and not self.units.is_finished(mask)):
             raise ValueError(
                 f"The mask of '{self.name}' must have the structure {self.structure}. Received: a "
                 "mask that has not"
@@ -296,6 +300,8 @@ class Topology:
         if keras_internals.is_absent(self.mask) or keras_internals.is_absent(self.variable):
             return None  # JAX's `fit` brings its state back
         if variable is self.mask:
+            if self._is_on_host():
+                self.check_mask(value)
             return self._after_mask
         if not self.is_attached:
             return None

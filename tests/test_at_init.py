@@ -103,6 +103,19 @@ def test_any_model_and_any_structure(method, sparsity, structure):
     assert_invariants(model)
 
 
+def test_models_whose_outputs_or_numbers_do_not_fit_are_refused():
+    softmax = keras.Sequential(
+        [keras.Input((20,)), layers.Dense(32, "relu"), layers.Dense(4, "softmax")]
+    )
+    with pytest.raises(ValueError, match="ends without softmax or sigmoid"):
+        kso.prune_at_init(softmax, 0.8, "synflow", iterations=3)
+    inputs = keras.Input((12,))
+    two = keras.Model(inputs, [layers.Dense(3)(inputs), layers.Dense(2)(inputs)])
+    with pytest.raises(ValueError, match="a model of one output. Received: 2 outputs"):
+        kso.prune_at_init(two, 0.8, "snip", data(), loss())
+    assert not kso.sparse_weights(softmax) and not kso.sparse_weights(two)
+
+
 def test_what_is_wrong_is_said_and_nothing_changes():
     model, (x, y) = mlp(), data()
     before = [array(v) for v in model.weights]

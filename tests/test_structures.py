@@ -24,7 +24,7 @@ KERNELS = [
     ((3, 3, 4, 1), (2, 3), (2,)),
 ]
 STRUCTURES = [
-    kso.Unstructured(), kso.Block(4, 1), kso.Block(2, 3), kso.NM(2, 4), kso.NM(1, 4),
+    kso.Unstructured(), kso.Block(4, 1), kso.Block(2, 3), kso.NM(2, 4), kso.NM(3, 4),
     kso.ConstantFanIn(),
 ]  # fmt: skip
 
@@ -85,9 +85,12 @@ def has_structure(structure, kernel, mask, dense=False):
 
 
 def unit_score(values, unit, structure, kernel):
-    total = np.float32(0)
+    columns: dict = {}  # each neuron's own sum first, in the order of the inputs
     for p in unit:
-        total = np.float32(total + values[p])
+        columns[p[2]] = np.float32(columns.get(p[2], np.float32(0)) + values[p])
+    total = np.float32(0)
+    for neuron in sorted(columns):
+        total = np.float32(total + columns[neuron])
     s, i, n = values.shape
     if isinstance(structure, kso.Block) and (i % structure.inputs or n % structure.neurons):
         return np.float32(total * np.float32(np.float32(1) / np.float32(len(unit))))
@@ -371,3 +374,100 @@ def test_a_restored_structure_equals_the_one_saved():
     for structure in STRUCTURES:
         assert as_structure(structure_config(structure)) == structure
     assert structure_config(kso.Unstructured()) is None
+
+
+# ---------------------------------------------------------------------- faults that a review found
+
+
+def dense(inputs=64, units=32, **options):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((inputs,)), layers.Dense(units, name="dense")])
+    return kso.sparsify(model, **options), kso.sparse_weights(model)[0]
+
+
+def fit_dense(model, method):
+    model.compile(kso.SparseOpt("sgd"), "mse", jit_compile=keras.backend.backend() == "jax")
+    rng = np.random.default_rng(0)
+    x, y = rng.random((80, model.input_shape[1])), rng.random((80, model.output_shape[1]))
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[method])
+
+
+@pytest.mark.parametrize("where", [False, True])
+def test_pruning_respects_ablated_neurons(where):
+    model, weight = dense(sparsity=0.75, structure=kso.ConstantFanIn())
+    rng, mask = np.random.default_rng(0), np.zeros((64, 32), bool)
+    for neuron in range(16):  # the other half is ablated
+        mask[rng.permutation(64)[:32], neuron] = True
+    kso.set_mask(weight, mask)
+    fit_dense(model, kso.GMP(0.8, 2, end_step=6, compiled=where))
+    fan_in = array(weight.topology.mask).sum(axis=0)
+    assert fan_in.tolist() == [26] * 16 + [0] * 16  # round(0.2 · 64) · 32 weights in 16 neurons
+    model, weight = dense(40, 24, sparsity=0.9, structure=kso.ConstantFanIn())
+    fit_dense(model, kso.SRigL(2, min_salient=0.9, end_step=100, compiled=where))
+    assert not array(weight.topology.mask).any(axis=0).all()
+    fit_dense(model, kso.GMP(0.95, 2, end_step=6, compiled=where))
+    assert weight.topology.units.holds(array(weight.topology.mask))
+
+
+@pytest.mark.parametrize("n, m, inputs", [(3, 4, 7), (5, 8, 10), (2, 8, 13), (2, 4, 9)])
+def test_n_m_holds_with_a_shorter_last_group(n, m, inputs):
+    structure = kso.NM(n, m)
+    last = max(1, int(n * (inputs % m) / m + 0.5))
+    expected = [n] * (inputs // m) + [last]
+    for sparsity in (1 - n / m, 0.0):
+        model, weight = dense(inputs, 16, sparsity=sparsity, structure=structure)
+        if not sparsity:
+            fit_dense(model, kso.GMP(1 - n / m, 2, end_step=6))
+        mask = array(weight.topology.mask)
+        for group, number in enumerate(expected):
+            assert (mask[group * m : (group + 1) * m].sum(axis=0) == number).all()
+
+
+def test_pruning_to_what_n_m_has_not_is_refused_and_a_half_way_said():
+    model, weight = dense(sparsity=0.0, structure=kso.NM(2, 4))
+    for method in (kso.GMP(0.9, 2, end_step=6), kso.GraNet(0.4, 2, initial_sparsity=0.0)):
+        with pytest.raises(ValueError, match="`final_sparsity` does not fit 'dense'.*must be 0.5"):
+            fit_dense(model, method)
+    assert not model.optimizer.kept_gradients
+    fit_dense(model, kso.GMP(0.5, 2, end_step=100))
+    (row,) = kso.layer_costs(model)
+    assert row["structure"] == "NM(2, 4), unfinished" and 0 < row["sparsity"] < 0.5
+    mask = np.tile(np.array([1, 1, 1, 0], bool)[:, None], (16, 32))
+    with pytest.raises(ValueError, match=r"must have the structure NM\(2, 4\)"):
+        kso.set_mask(weight, mask)
+    with pytest.raises(ValueError, match="In the middle of pruning only a file that holds the opt"):
+        kso.masks_from_zeros(kso.strip(model), structure=kso.NM(2, 4))
+
+
+def test_a_kernel_that_a_structure_leaves_dense_is_named():
+    model = keras.Sequential([keras.Input((8, 8, 1)), layers.Conv2D(8, 3, name="grey")])
+    with pytest.warns(
+        UserWarning, match=r"NM\(1, 4\) leaves '.*grey/kernel' .* dense: it has too few"
+    ):
+        kso.sparsify(model, 0.75, structure=kso.NM(1, 4))
+
+
+def test_masks_assigned_to_a_layer_keep_its_structure():
+    layer = kso.SparseDense(4, sparsity=0.5, structure=kso.NM(2, 4))
+    layer.build((None, 8))
+    before, bad = array(layer.kernel_mask), np.zeros((8, 4), bool)
+    bad[:4] = True
+    with pytest.raises(ValueError, match=r"must have the structure NM\(2, 4\)"):
+        layer.kernel_mask.assign(bad)
+    assert np.array_equal(array(layer.kernel_mask), before)
+
+
+def test_masks_that_are_there_keep_their_structure():
+    model, _ = dense(sparsity=0.5)
+    with pytest.raises(ValueError, match=r"strip the model before.*'dense' has Unstructured\(\)"):
+        kso.masks_from_zeros(model, structure=kso.NM(2, 4))
+
+
+def test_the_logs_are_the_same_on_the_host_and_compiled():
+    """Ragged blocks: counted in weights in both."""
+    logs = []
+    for where in (False, True):
+        model = network(kso.Block(3, 2), seed=3)
+        logs.append(fit(model, METHODS["MEST"](compiled=where)).history)
+    for name, values in logs[0].items():
+        np.testing.assert_allclose(values, logs[1][name], rtol=1e-5)

@@ -536,7 +536,7 @@ class SparseOpt(WrapperOptimizer):
                 Keras' `fit` does.
         """
         initial = self.has_not_stepped()
-        changed, active = [], {}
+        changed, active, budgets = [], [], {}
         for weight, new_mask, numbers in updates:
             topology, has_scale = weight.topology, weight.scale is not None
             alike = topology.alike, has_scale
@@ -551,7 +551,9 @@ class SparseOpt(WrapperOptimizer):
             state = [ops.convert_to_tensor(variable) for variable in moving]
             numbers = {k: np.asarray(v, _dtype(v)) for k, v in numbers.items()}
             mask = ops.convert_to_tensor(topology.mask)
-            state, mask, scale, new, count = program(state, mask, gradient_of(weight), numbers)
+            state, mask, scale, (new, now, units) = program(
+                state, mask, gradient_of(weight), numbers
+            )
             with topology.quiet():
                 for variable, value in zip(moving, state):
                     variable.assign(value)
@@ -564,15 +566,14 @@ class SparseOpt(WrapperOptimizer):
                 if optimizer is not self:
                     optimizer.follow(topology)
             changed.append(new)
-            active[weight.index] = count
-        counts = sum(active.values())
-        self.mask_change.assign(
-            ops.cast(sum(changed), "float32") / ops.cast(ops.maximum(counts, 1), "float32")
-        )
+            active.append(now)
+            budgets[weight.index] = units
+        counts = ops.maximum(sum(active), 1)
+        self.mask_change.assign(ops.cast(sum(changed), "float32") / ops.cast(counts, "float32"))
         if not keeps_budget:
-            budgets = ops.unstack(ops.convert_to_tensor(self.budgets))
+            before = ops.unstack(ops.convert_to_tensor(self.budgets))
             self.budgets.assign(
-                ops.stack([active.get(index, old) for index, old in enumerate(budgets)])
+                ops.stack([budgets.get(index, old) for index, old in enumerate(before)])
             )
 
     def mover(self, weight, new_mask, initial):
@@ -585,7 +586,8 @@ class SparseOpt(WrapperOptimizer):
 
         Returns:
             Function of ([weight, *slots, explored], mask, gradient, numbers) → the first two, new,
-            the correction's scale or `None`, the number of new units, and of active ones.
+            the correction's scale or `None`, and how many weights are new, are active, and how
+            many units are active.
         """
         topology, has_scale = weight.topology, weight.scale is not None
         structure, neuron_axes, input_axes = (
@@ -601,8 +603,9 @@ class SparseOpt(WrapperOptimizer):
             explored = now if initial else ops.bitwise_or(explored, now)
             scale = self.correction(new, neuron_axes) if has_scale else None
             units = units_of(structure, tuple(mask.shape), neuron_axes, input_axes)
-            changed = units.num_active(ops.logical_and(new, ops.logical_not(mask)))
-            return [*moving, explored], new, scale, changed, units.num_active(new)
+            changed = masks.count(ops.logical_and(new, ops.logical_not(mask)))
+            counts = changed, masks.count(new), units.num_active(new)
+            return [*moving, explored], new, scale, counts
 
         return move
 
