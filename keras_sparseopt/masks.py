@@ -19,6 +19,7 @@ from keras_sparseopt.backend import compiled, host, is_traced
 MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
 _SAMPLE = 2**14
 _PIECE = 2**16
+_SHORT = 16
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)  # below and above every key
 
 
@@ -180,7 +181,7 @@ def _likely_largest(values, k):
     return np.flatnonzero(values >= np.partition(sample, sample.size - rank)[-rank])
 
 
-def _drop_and_grow_on_host(weights, mask, scores, num_update):
+def _drop_on_host(weights, mask, num_update):
     active = np.flatnonzero(mask)
     new = mask.ravel().copy()
     # Of the negated magnitudes the largest, ties by the *highest* index: what is kept wins ties.
@@ -188,8 +189,13 @@ def _drop_and_grow_on_host(weights, mask, scores, num_update):
     magnitudes = np.where(np.isnan(magnitudes), np.float32(-1), magnitudes)
     dropped = active[::-1][largest(-magnitudes[::-1], num_update)]
     new[dropped] = False
+    return new.reshape(mask.shape)
+
+
+def _drop_and_grow_on_host(weights, mask, scores, num_update):
+    new = _drop_on_host(weights, mask, num_update).ravel()
     scores = scores.ravel().astype("float32", copy=False)
-    free = _likely_largest(scores, min(2 * num_update, active.size))
+    free = _likely_largest(scores, min(2 * num_update, int(np.count_nonzero(mask))))
     free = free[~new[free]]
     if free.size < num_update:  # the kept weights have most of the best scores
         free = np.flatnonzero(~new)
@@ -210,6 +216,8 @@ def _top_on_host(keys, k, axes):
         chosen = np.zeros(keys.size, bool)
         chosen[largest(keys.ravel(), int(k))] = True
         return chosen.reshape(keys.shape)
+    if len(axes) == 1 and keys.shape[axes[0]] <= _SHORT:
+        return _top_by_comparing(keys, k, axes[0])
     others = tuple(axis for axis in range(keys.ndim) if axis not in axes)
     order = *others, *axes
     rows = keys.transpose(order)
@@ -221,6 +229,18 @@ def _top_on_host(keys, k, axes):
     chosen = np.zeros(rows.shape, bool)
     chosen[concerned] = _top_of_rows(flat, k[concerned]).reshape(some.shape)
     return chosen.transpose(np.argsort(order))
+
+
+def _top_by_comparing(keys, k, axis):
+    """For a short axis: the rank of every key among its neighbours, by comparing all pairs."""
+    slices = np.moveaxis(keys, axis, 0)
+    ranks = np.zeros(slices.shape, "uint8")
+    for i, first in enumerate(slices):
+        for j in range(i + 1, len(slices)):
+            is_better = slices[j] > first  # the first one wins ties
+            ranks[i] += is_better
+            ranks[j] += ~is_better
+    return np.moveaxis(ranks < np.squeeze(k, axis), 0, axis)
 
 
 def _top_of_rows(keys, k):
@@ -254,10 +274,28 @@ def _positions(shape):
 
 def keys(values, free):
     """int32 in the order of the values as float32, NaN as −∞, −0 as 0; `LOWEST` if not free."""
-    xp, values = xp_of(values), as_float(values)
-    values = xp.where(xp.isnan(values), np.float32(-np.inf), values)
-    bits = _bits(xp.where(values == 0, xp.zeros_like(values), values))
-    return xp.where(free, xp.where(bits < 0, xp.bitwise_xor(bits, HIGHEST), bits), LOWEST)
+    if on_host(values):
+        return _keys_on_host(as_float(values), free)
+    values = as_float(values)
+    values = ops.where(ops.isnan(values), -np.inf, values)
+    bits = _bits(ops.where(values == 0, ops.zeros_like(values), values))
+    return ops.where(free, ops.where(bits < 0, ops.bitwise_xor(bits, HIGHEST), bits), LOWEST)
+
+
+def _keys_on_host(values, free):
+    nan = np.isnan(values)
+    if nan.any():
+        values = np.where(nan, np.float32(-np.inf), values)
+    bits = (values + np.float32(0)).view("int32")  # a copy, without −0
+    if (bits < 0).any():
+        np.bitwise_xor(bits, HIGHEST, out=bits, where=bits < 0)
+    if free is not True:  # without branches, as masks are random: all bits set where not free
+        taken = free.astype("int32")
+        taken -= 1
+        bits &= ~taken
+        taken &= LOWEST
+        bits |= taken
+    return bits
 
 
 def magnitude_keys(weights, mask):
@@ -329,8 +367,12 @@ def _top(groups, k, axes=None):
     return [ops.logical_or(a, c) for a, c in zip(above, chosen)]
 
 
+def _drop_compiled(weights, mask, num_update):
+    return _top([magnitude_keys(weights, mask)], count(mask) - num_update)[0]
+
+
 def _drop_and_grow_compiled(weights, mask, scores, num_update):
-    (keep,) = _top([magnitude_keys(weights, mask)], count(mask) - num_update)
+    keep = _drop_compiled(weights, mask, num_update)
     (grow,) = _top([keys(scores, ops.logical_not(keep))], num_update)
     return ops.logical_or(keep, grow)
 
@@ -404,6 +446,13 @@ def drop_and_grow(weights, mask, scores, num_update):
     return _drop_and_grow_on_host(weights, mask, scores, num_update)
 
 
+def drop(weights, mask, num_update):
+    """The mask without its `num_update` active weights of smallest |w|: bool array."""
+    if on_host(weights, mask):
+        return _drop_on_host(weights, mask, num_update)
+    return _drop_compiled(weights, mask, num_update)
+
+
 def prune(weights, mask, count):
     """The `count` active weights of largest |w| stay; all of them, if there are fewer.
 
@@ -460,7 +509,7 @@ def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, need
     neurons = math.prod(mask.shape[axis] for axis in neuron_axes)
     possible = math.prod(mask.shape) // neurons
     magnitudes = magnitude_keys(weights, mask)
-    kept = prune(weights, mask, count(mask) - num_update)
+    kept = drop(weights, mask, num_update)
     salient = xp.logical_or(kept, top(keys(scores, True), num_update))
     counts = neuron_counts(salient, neuron_axes)
     fewest = xp.floor_divide(budget + (possible - 1), possible)

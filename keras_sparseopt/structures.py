@@ -37,6 +37,8 @@ class Structure:
 
     # Whether the layers of a model may share out their active weights as they need them.
     shares_a_budget = True
+    # Whether every weight is a unit of its own.
+    unit_is_weight = True
     # Whether groups may have more than `fewest`, on the way to fewer.
     has_a_way = False
     # Whether it looks at a kernel as (spatial, inputs, neurons); otherwise at its own axes.
@@ -176,6 +178,7 @@ class Block(Structure):
     inputs: int = 4
     neurons: int = 1
     cuts = True
+    unit_is_weight = False
 
     def __post_init__(self):
         for argument in ("inputs", "neurons"):
@@ -447,13 +450,13 @@ class Units:
 
     def _scores(self, values):
         """The score of each unit: the sum over it; the mean, where a last tile is shorter."""
-        if not self._structure.cuts:
-            return values
+        if self._structure.unit_is_weight:
+            return self._cut(values, None)
         scores = self._cut(masks.as_float(values), masks.xp_of(values).add)
         return scores if self._shares is None else scores * self._shares
 
     def _magnitudes(self, weights):
-        return self._scores(abs(weights)) if self._structure.cuts else weights
+        return self._scores(weights if self._structure.unit_is_weight else abs(weights))
 
     def _is_active(self, mask):
         return self._cut(mask, masks.xp_of(mask).logical_or)
@@ -500,9 +503,11 @@ class Units:
         if self._group_axes is None:
             return self._joined(masks.drop_and_grow(magnitudes, active, scores, num_update))
         xp = masks.xp_of(active)
-        kept = masks.prune(magnitudes, active, masks.count(active) - num_update)
-        missing = self._by_group(active) - self._by_group(kept)
-        free = xp.logical_and(xp.logical_not(kept), self._exists())
+        kept = masks.drop(magnitudes, active, num_update)
+        free = xp.logical_not(kept)
+        missing = self._by_group(xp.logical_and(active, free))
+        if not self._exists().all():
+            free = xp.logical_and(free, self._exists())
         grown = masks.top(masks.keys(scores, free), missing, self._group_axes)
         return self._joined(xp.logical_or(kept, grown))
 
