@@ -24,19 +24,17 @@ NETWORKS = {"1024": (1024, 1024), "4096": (4096, 4096), "BERT feed-forward": (76
 AIMS = {("1024", 0.9, 1): 1.8, ("4096", 0.9, 1): 3.0}
 
 
-def network(sizes, sparsity, structure):
+def network(sizes, sparsity, structure, batch):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input(sizes[:1])])
+    model = keras.Sequential([keras.Input(batch_shape=(batch, sizes[0]))])
     for position, size in enumerate(sizes[1:]):
         model.add(keras.layers.Dense(size, "relu" if position < len(sizes) - 2 else None))
     kso.sparsify(model, sparsity, "uniform", structure=structure)
     return kso.strip(model)
 
 
-def converted(model, batch, is_sparse):
-    signature = tf.TensorSpec((batch, *model.input_shape[1:]), "float32")
-    function = tf.function(lambda x: model(x, training=False)).get_concrete_function(signature)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], model)
+def converted(model, is_sparse):
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
     if is_sparse:
         converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
     return converter.convert()
@@ -63,9 +61,9 @@ class Engine:
 
 
 def measure(sizes, sparsity, structure, batch, rounds):
-    model = network(sizes, sparsity, structure)
+    model = network(sizes, sparsity, structure, batch)
     x = np.random.default_rng(0).normal(size=(batch, sizes[0])).astype("float32")
-    files = [converted(model, batch, is_sparse) for is_sparse in (False, True)]
+    files = [converted(model, is_sparse) for is_sparse in (False, True)]
     dense, sparse = engines = [Engine(content, x) for content in files]
     expected = np.asarray(model(x))
     difference = max(float(np.abs(engine.outputs() - expected).max()) for engine in engines)
