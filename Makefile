@@ -26,6 +26,8 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/mask_update.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/structure_updates.py
+	$(BIN)/python benchmarks/block_inference.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/crash_and_resume.py
