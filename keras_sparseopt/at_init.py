@@ -200,8 +200,8 @@ def _best(kernels, structures, scores, sparsity):
     together = [i for i, structure in enumerate(own) if structure.shares_a_budget]
     if together:
         number = masks.num_active(sum(scores[i].size for i in together), sparsity)
-        shares = masks.prune_together(
-            [scores[i] for i in together], [everything[i] for i in together], number
+        shares = masks.best_together(
+            [abs(scores[i]) for i in together], [everything[i] for i in together], number
         )
         for i, share in zip(together, shares):
             counts[i] = share

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import keras_internals
+from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.backend import IS_TENSORFLOW, are_on_host, freed, host
 from keras_sparseopt.checks import (
     check_bool,
@@ -87,6 +87,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         seed: Int, defaults to 0; of random growth.
         drop_schedule: String, how a float `drop_fraction` goes on: `"cosine"` (default) or
             `"linear"` to 0 at `end_step`, or `"constant"`.
+        redistribution: String, whether layers share out the weights that grow. `None` (default):
+            every layer grows as many as it drops. `"mean"`, SNFS's: in proportion to the mean
+            |gradient| of a layer's active weights. `"global"`: the weakest of all layers are
+            dropped, and the best of all layers grow. The total is exact in every case. Not for
+            `NM` and `ConstantFanIn`.
         layers: List of names or patterns such as `"conv*"` of sparse weights (as `summary` shows
             them, or paths) that this method is for, or `None` (default) for all. Several methods
             with different layers may train one model; `drop_fraction` and `mask_change` are then
@@ -134,6 +139,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         end_step=None,
         seed=0,
         drop_schedule="cosine",
+        redistribution=None,
         layers=None,
         optimizer=None,
         compiled=None,
@@ -155,6 +161,16 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 f"`drop_schedule` must be one of {', '.join(_SCHEDULES)}. "
                 f"Received: drop_schedule={drop_schedule!r}"
             )
+        if redistribution not in (None, "mean", "global"):
+            raise ValueError(
+                '`redistribution` must be "mean", "global" or None. '
+                f"Received: redistribution={redistribution!r}"
+            )
+        if redistribution == "mean" and not self.uses_gradient:
+            raise ValueError(
+                f'`redistribution="mean"` needs gradients, which {type(self).__name__} does not '
+                "use; \"global\" does not. Received: redistribution='mean'"
+            )
         if optimizer is not None and not isinstance(optimizer, str):
             raise ValueError(
                 "`optimizer` must be the name of an attribute of the model, or None. "
@@ -163,6 +179,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.update_every = int(update_every)
         self.drop_fraction = drop_fraction
         self.drop_schedule = drop_schedule
+        self.redistribution = redistribution
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
         self.seed = int(seed)
@@ -203,6 +220,17 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             )
         return abs(gradient)
 
+    def values(self, weight, mask, gradient, update):
+        """What is dropped first: smaller absolute values. Unless overridden, the weight.
+
+        Args:
+            weight, mask, gradient, update: As in `scores`.
+
+        Returns:
+            Float array of the weight's shape.
+        """
+        return weight
+
     def new_mask(self, weight, mask, gradient, update):
         """The next mask of one weight: a pure function.
 
@@ -215,8 +243,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         Returns:
             Bool array of the weight's shape.
         """
+        values = self.values(weight, mask, gradient, update)
         scores = self.scores(weight, mask, gradient, update)
-        return update.units.drop_and_grow(weight, mask, scores, update.num_update)
+        return update.units.drop_and_grow(values, mask, scores, update.num_update, update.num_grow)
 
     def plan(self, weights, active):
         """What an update must know of all weights together, before any of them changes.
@@ -229,7 +258,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             List of dicts of numbers, which become attributes of `update`.
         """
         fraction = self.current_drop_fraction(self._step)
-        return [{"num_update": math.floor(fraction * number)} for number in active]
+        numbers = [math.floor(fraction * number) for number in active]
+        grown = numbers
+        if self.redistribution is not None:
+            numbers, grown = self._redistributed(weights, active, numbers)
+        return [{"num_update": d, "num_grow": g} for d, g in zip(numbers, grown)]
 
     def is_due(self):
         """Whether masks change at the present step, a multiple of `update_every`."""
@@ -274,6 +307,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             )
         self._check_layers_exist(optimizer)
         self.optimizer, self._settled = optimizer, False
+        self._check_structures()
         self._set_horizon(0, total_steps)
         before = optimizer.kept_gradients
         self._lease = self.lease(optimizer)
@@ -289,6 +323,17 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 raise ValueError(
                     "`layers` must name sparse weights that are trained: "
                     f"{[topology.name for topology in topologies]}. Received: {pattern!r}"
+                )
+
+    def _check_structures(self):
+        """Raise ValueError where a weight's structure does not let it take part."""
+        if self.redistribution is None:
+            return
+        for topology in (weight.topology for weight in self._weights()):
+            if topology.units.is_grouped:
+                raise ValueError(
+                    "`redistribution` is for weights whose number of active ones is free; leave "
+                    f"others out by `layers=`. Received: '{topology.name}' of {topology.structure}"
                 )
 
     def _set_horizon(self, first_step, total_steps):
@@ -365,7 +410,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             raise ValueError("`begin` must be called before `stateless_step`.")
         if IS_TENSORFLOW:
             raise ValueError("`stateless_step` is for the JAX backend; use `step`.")
-        if type(self).plan is not DynamicSparseTraining.plan:
+        if type(self).plan is not DynamicSparseTraining.plan or self.redistribution is not None:
             raise NotImplementedError(
                 f"{type(self).__name__} plans its updates on the host; use `fit` or `step`."
             )
@@ -425,7 +470,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 number = ops.floor(ops.cast(active_units, "float32") * fraction)
                 # A layer that no loss depends on keeps its topology.
                 number = ops.where(is_written, ops.cast(number, "int32"), 0)
-                facts = {"num_update": number, "step": step, "index": weight.index}
+                facts = {"num_update": number, "num_grow": number}
+                facts |= {"step": step, "index": weight.index}
                 new_mask = self._ranking(weight)
                 mover = optimizer.mover(weight, new_mask, initial=False)
                 state, mask, scale, (new, count, _) = mover(state, mask, gradient, facts)
@@ -542,6 +588,38 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         if self.check_replicas:
             assert_replicas_agree(self.optimizer)
 
+    def _redistributed(self, weights, active, numbers):
+        """How many units each weight drops, and how many it grows; of all together `numbers`."""
+        read = host if self._ranks_on_host(weights) else ops.convert_to_tensor
+        units, total = [weight.topology.units for weight in weights], sum(numbers)
+        if self.redistribution == "mean":
+            means = []
+            for weight in weights:
+                gradient, mask = read(self._gradient(weight)), read(weight.topology.mask)
+                size = masks.masked(abs(masks.as_float(gradient)), mask)
+                means.append(float(host(size.mean() if masks.on_host(size) else ops.mean(size))))
+            # Of the active weights, not of all.
+            means = [m / max(1 - w.topology.sparsity, 1e-9) for m, w in zip(means, weights)]
+            room = [u.total - n + d for u, n, d in zip(units, active, numbers)]
+            return numbers, _shared_out(total, means, room)
+        values, scores, present = [], [], []
+        for weight, unit, number in zip(weights, units, numbers):
+            mask, gradient = read(weight.topology.mask), self._gradient(weight)
+            gradient = None if gradient is None else read(gradient)
+            numbers_so_far = {"step": self._step, "index": weight.index, "num_update": number}
+            update = _update(_known(weight.topology), mask.shape, numbers_so_far)
+            arguments = read(weight.variable), mask, gradient, update
+            values.append(abs(unit.magnitudes(self.values(*arguments))))
+            scores.append(unit.scores(self.scores(*arguments)))
+            present.append(unit.active(mask))
+        kept = masks.best_together(values, present, sum(active) - total)
+        numbers = [number - stays for number, stays in zip(active, kept)]
+        free = [
+            masks.xp_of(mask).logical_not(masks.drop(value, mask, number))
+            for value, mask, number in zip(values, present, numbers)
+        ]
+        return numbers, masks.best_together(scores, free, total)
+
     def _ranks_on_host(self, weights):
         if self.compiled is not None:
             return not self.compiled
@@ -569,19 +647,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def _ranking(self, weight):
         """`new_mask`, as a function of arrays and numbers only; the same for weights alike."""
-        topology = weight.topology
-        structure = topology.structure
-        known = {
-            name: getattr(topology, name)
-            for name in ("neuron_axes", "input_axes", "skew_correction")
-        }
+        known = _known(weight.topology)
 
         def rank(value, mask, gradient, numbers):
-            units = units_of(
-                structure, tuple(mask.shape), known["neuron_axes"], known["input_axes"]
-            )
-            update = types.SimpleNamespace(units=units, **known, **numbers)
-            return self.new_mask(value, mask, gradient, update)
+            return self.new_mask(value, mask, gradient, _update(known, mask.shape, numbers))
 
         return rank
 
@@ -764,6 +833,36 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         if self.optimizer is not None:
             self.end()
             use_step(self.model)
+
+
+def _known(topology):
+    """What topologies have in common whose mask updates are one compiled function."""
+    names = ("structure", "neuron_axes", "input_axes", "skew_correction")
+    return {name: getattr(topology, name) for name in names}
+
+
+def _update(known, shape, numbers):
+    axes = known["neuron_axes"], known["input_axes"]
+    units = units_of(known["structure"], tuple(shape), *axes)
+    return types.SimpleNamespace(units=units, **known, **numbers)
+
+
+def _shared_out(total, shares, room):
+    """Ints that add up to `total`, in proportion to `shares`, none above its `room`."""
+    given: np.ndarray = np.zeros(len(room), int)
+    room = np.asarray(room)
+    while given.sum() < total:
+        rest = total - int(given.sum())
+        weights = np.where(given < room, np.maximum(shares, 0.0), 0.0)
+        if not weights.any():
+            weights = (given < room).astype(float)
+        ideal = rest * weights / weights.sum()
+        more = np.minimum(np.floor(ideal).astype(int), room - given)
+        if not more.any():  # less than one for each: the largest shares first
+            more[np.argsort(-ideal, kind="stable")[:rest]] = 1
+            more = np.minimum(more, room - given)
+        given += more
+    return [int(number) for number in given]
 
 
 def _required(optimizer):

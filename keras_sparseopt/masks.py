@@ -192,14 +192,14 @@ def _drop_on_host(weights, mask, num_update):
     return new.reshape(mask.shape)
 
 
-def _drop_and_grow_on_host(weights, mask, scores, num_update):
+def _drop_and_grow_on_host(weights, mask, scores, num_update, num_grow):
     new = _drop_on_host(weights, mask, num_update).ravel()
     scores = scores.ravel().astype("float32", copy=False)
-    free = _likely_largest(scores, min(2 * num_update, int(np.count_nonzero(mask))))
+    free = _likely_largest(scores, min(2 * num_grow, scores.size))
     free = free[~new[free]]
-    if free.size < num_update:  # the kept weights have most of the best scores
+    if free.size < num_grow:  # the kept weights have most of the best scores
         free = np.flatnonzero(~new)
-    new[free[largest(scores[free], num_update)]] = True
+    new[free[largest(scores[free], num_grow)]] = True
     return new.reshape(mask.shape)
 
 
@@ -371,9 +371,9 @@ def _drop_compiled(weights, mask, num_update):
     return _top([magnitude_keys(weights, mask)], count(mask) - num_update)[0]
 
 
-def _drop_and_grow_compiled(weights, mask, scores, num_update):
+def _drop_and_grow_compiled(weights, mask, scores, num_update, num_grow):
     keep = _drop_compiled(weights, mask, num_update)
-    (grow,) = _top([keys(scores, ops.logical_not(keep))], num_update)
+    (grow,) = _top([keys(scores, ops.logical_not(keep))], num_grow)
     return ops.logical_or(keep, grow)
 
 
@@ -384,31 +384,31 @@ def _prune_compiled(weights, mask, number):
 # ---------------------------------------------------------------------- one name for both
 
 
-def drop_and_grow(weights, mask, scores, num_update):
+def drop_and_grow(weights, mask, scores, num_update, num_grow=None):
     """One mask update: drop the smallest active weights, grow the best-scored positions.
 
     ```
     keep = the (n_active − num_update) active weights of largest |w|
-    grow = the num_update positions of largest score among all positions not in keep
+    grow = the num_grow positions of largest score among all positions not in keep
     mask = keep ∪ grow
     ```
 
-    The number of active weights is unchanged, exactly, also with ties (broken by the
-    lowest flat index). A dropped position may grow again. Ranking is in float32; NaN
-    ranks as −∞. Takes arrays of any backend; inside of a compiled function it is compiled, without
-    checks.
+    The number of active weights is exact, also with ties (broken by the lowest flat index). A
+    dropped position may grow again. Ranking is in float32; NaN ranks as −∞. Takes arrays of any
+    backend; inside of a compiled function it is compiled, without checks.
 
     Args:
         weights: Float array, the kernel.
         mask: Bool array of the kernel's shape, `True` = active.
         scores: Float array of the kernel's shape, larger grows first.
-        num_update: Int in [0, number of active weights].
+        num_update: Int in [0, number of active weights], how many are dropped.
+        num_grow: Int, how many grow; `None` (default) for as many.
 
     Returns:
         The new mask: bool array of the kernel's shape; NumPy's, unless compiled.
 
     Raises:
-        ValueError: If shapes differ, `mask` is not bool, or `num_update` is out of range.
+        ValueError: If shapes differ, `mask` is not bool, or a number is out of range.
 
     Example:
 
@@ -426,8 +426,9 @@ def drop_and_grow(weights, mask, scores, num_update):
     References:
         Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020.
     """
+    num_grow = num_update if num_grow is None else num_grow
     if is_traced(weights, mask, scores):
-        return _drop_and_grow_compiled(weights, mask, scores, num_update)
+        return _drop_and_grow_compiled(weights, mask, scores, num_update, num_grow)
     weights, mask, scores = host(weights), host(mask), host(scores)
     if not weights.shape == mask.shape == scores.shape:
         raise ValueError(
@@ -437,13 +438,22 @@ def drop_and_grow(weights, mask, scores, num_update):
     if mask.dtype != bool:
         raise ValueError(f"`mask` must be bool. Received: dtype={mask.dtype}")
     active = int(np.count_nonzero(mask))
-    integer = isinstance(num_update, (int, np.integer)) and not isinstance(num_update, bool)
-    if not integer or not 0 <= num_update <= active:
+    if not _is_int(num_update) or not 0 <= num_update <= active:
         raise ValueError(
             "`num_update` must be an int in [0, number of active weights = "
             f"{active}]. Received: num_update={num_update!r}"
         )
-    return _drop_and_grow_on_host(weights, mask, scores, num_update)
+    room = mask.size - active + num_update
+    if not _is_int(num_grow) or not 0 <= num_grow <= room:
+        raise ValueError(
+            f"`num_grow` must be an int in [0, positions that are not kept = {room}]. "
+            f"Received: num_grow={num_grow!r}"
+        )
+    return _drop_and_grow_on_host(weights, mask, scores, num_update, num_grow)
+
+
+def _is_int(number):
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
 def drop(weights, mask, num_update):
@@ -521,34 +531,34 @@ def constant_fan_in(weights, mask, scores, num_update, budget, neuron_axes, need
     return xp.logical_or(kept, top(keys(scores, xp.logical_not(kept)), missing, axes))
 
 
-def prune_together(weights, masks, number):
-    """`prune` for several kernels at once, ranked together: how many weights stay in each.
+def best_together(scores, free, number):
+    """The best scores of several kernels, ranked together: how many each kernel has of them.
 
     Args:
-        weights: List of float arrays.
-        masks: List of bool arrays of their shapes.
-        number: Int, weights that stay in all of them.
+        scores: List of float arrays.
+        free: List of bool arrays of their shapes, what takes part.
+        number: Int, how many are wanted of all of them.
 
     Returns:
         List of ints.
     """
-    if not on_host(*weights, *masks):
-        return [int(host(c)) for c in _prune_together_compiled(weights, masks, np.int32(number))]
-    active = [np.abs(w[m]).astype("float32", copy=False) for w, m in zip(weights, masks)]
-    every = np.concatenate(active)
+    if not on_host(*scores, *free):
+        return [int(host(c)) for c in _best_together_compiled(scores, free, np.int32(number))]
+    taking_part = [as_float(s)[f] for s, f in zip(scores, free)]
+    every = np.concatenate(taking_part)
     chosen = np.zeros(every.size, dtype=bool)
     chosen[largest(every, min(number, every.size))] = True
-    ends = np.cumsum([part.size for part in active])
+    ends = np.cumsum([part.size for part in taking_part])
     return [int(part.sum()) for part in np.split(chosen, ends[:-1])]
 
 
-def _counts_together(weights, masks, number):
-    total = sum(count(mask) for mask in masks)
-    ranked = [magnitude_keys(w, m) for w, m in zip(weights, masks)]
+def _counts_of_best(scores, free, number):
+    total = sum(count(f) for f in free)
+    ranked = [keys(s, f) for s, f in zip(scores, free)]
     return [count(stays) for stays in _top(ranked, ops.minimum(number, total))]
 
 
-_prune_together_compiled = compiled(_counts_together)
+_best_together_compiled = compiled(_counts_of_best)
 
 
 def random_scores(mask, seed, index, step):

@@ -41,7 +41,8 @@ class RigL(DynamicSparseTraining):
             `skew_correction=False` are ranked by the original one in both cases.
         gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
             steps, defaults to 1. At most `update_every`.
-        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
+            `check_replicas`, see
             `DynamicSparseTraining`; `seed` is accepted, but RigL draws nothing.
 
     Raises:
@@ -127,7 +128,8 @@ class SET(DynamicSparseTraining):
         update_every, drop_fraction, begin_step, end_step: The schedule, see
             `DynamicSparseTraining`.
         seed: Int, defaults to 0.
-        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
+            `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:
@@ -172,7 +174,8 @@ class MEST(DynamicSparseTraining):
             `DynamicSparseTraining`.
         seed: Int, defaults to 0.
         gradient_weight: Float ≥ 0, λ of the paper, defaults to 0.01.
-        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
+            `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:
@@ -207,11 +210,12 @@ class MEST(DynamicSparseTraining):
         check_float("gradient_weight", gradient_weight, 0, math.inf)
         self.gradient_weight = float(gradient_weight)
 
-    def new_mask(self, weight, mask, gradient, update):
+    def values(self, weight, mask, gradient, update):
         weight, gradient = masks.as_float(weight), masks.as_float(gradient)
-        value = abs(weight) + self.gradient_weight * abs(gradient)
-        scores = update.units.random_scores(mask, self.seed, update.index, update.step)
-        return update.units.drop_and_grow(value, mask, scores, update.num_update)
+        return abs(weight) + self.gradient_weight * abs(gradient)
+
+    def scores(self, weight, mask, gradient, update):
+        return update.units.random_scores(mask, self.seed, update.index, update.step)
 
 
 class Static(DynamicSparseTraining):
@@ -253,16 +257,17 @@ class SNFS(DynamicSparseTraining):
     score = |m|
     ```
 
-    Without the redistribution between layers of the original, as in RigL's comparison: every layer
-    keeps its count. The average goes over all steps since training began, across mask updates. It
-    is part of `BackupAndRestore`'s state, but not of a `.keras` file: training that goes on from
-    such a file starts a new average.
+    The original also shares out between layers what grows, which is `redistribution="mean"` here;
+    without, as in RigL's comparison, every layer keeps its count. The average goes over all steps
+    since training began, across mask updates. It is part of `BackupAndRestore`'s state, but not of
+    a `.keras` file: training that goes on from such a file starts a new average.
 
     Args:
         update_every, drop_fraction, begin_step, end_step: The schedule, see
             `DynamicSparseTraining`.
         momentum: Float in (0, 1), defaults to 0.9.
-        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
+        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
+            `check_replicas`, see
             `DynamicSparseTraining`.
 
     Raises:
@@ -364,6 +369,11 @@ class GMP(DynamicSparseTraining):
         **schedule,
     ):
         super().__init__(update_every, 0.0, begin_step, end_step, **schedule)
+        if self.redistribution is not None:
+            raise ValueError(
+                f"`redistribution` is not for {type(self).__name__}, which has its own budget. "
+                f"Received: redistribution={self.redistribution!r}"
+            )
         check_float("final_sparsity", final_sparsity, 0, 1)
         check_float("initial_sparsity", initial_sparsity, 0, 1)
         if initial_sparsity > final_sparsity:
@@ -384,18 +394,15 @@ class GMP(DynamicSparseTraining):
     def is_over(self):
         return self._step >= self._end_step + self.update_every
 
-    def begin(self, optimizer, total_steps=None):
-        again = super().begin(optimizer, total_steps)
-        try:
-            for weight in self._weights():
-                weight.topology.structure.check_sparsity(self.final_sparsity)
-        except ValueError as error:
-            self.end()
-            raise ValueError(
-                f"`final_sparsity` does not fit '{weight.topology.name}'; weights of another "
-                f"structure need a method of their own (`layers=`). {error}"
-            ) from None
-        return again
+    def _check_structures(self):
+        for topology in (weight.topology for weight in self._weights()):
+            try:
+                topology.structure.check_sparsity(self.final_sparsity)
+            except ValueError as error:
+                raise ValueError(
+                    f"`final_sparsity` does not fit '{topology.name}'; weights of another "
+                    f"structure need a method of their own (`layers=`). {error}"
+                ) from None
 
     def target_sparsity(self, step):
         """The schedule's sparsity at an optimizer step: float."""
@@ -412,8 +419,8 @@ class GMP(DynamicSparseTraining):
         if self.scope == "global" and together:
             number = masks.num_active(sum(sizes[weight.index] for weight in together), sparsity)
             read = host if are_on_host([w.variable for w in together]) else ops.convert_to_tensor
-            shares = masks.prune_together(
-                [read(weight.variable) for weight in together],
+            shares = masks.best_together(
+                [abs(read(weight.variable)) for weight in together],
                 [read(weight.topology.mask) for weight in together],
                 number,
             )
@@ -566,20 +573,18 @@ class SRigL(DynamicSparseTraining):
         self.min_salient = float(min_salient)
         self.ablation_exclude = check_patterns("ablation_exclude", ablation_exclude or None) or ()
 
-    def begin(self, optimizer, total_steps=None):
-        again = super().begin(optimizer, total_steps)
+    def _check_structures(self):
         others = [
             f"'{weight.topology.name}' ({weight.topology.structure})"
             for weight in self._weights()
             if not isinstance(weight.topology.structure, ConstantFanIn)
         ]
         if others:
-            self.end()
             raise ValueError(
                 "SRigL is RigL for masks of constant fan-in: call sparsify(model, sparsity, "
                 f"structure=ConstantFanIn()). Received: {', '.join(others)}"
             )
-        return again
+        super()._check_structures()
 
     def plan(self, weights, active):
         budgets = host(self.optimizer.budgets)

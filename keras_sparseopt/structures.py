@@ -448,18 +448,25 @@ class Units:
         )
         return xp.transpose(moved, [self._order.index(axis) for axis in range(len(self._order))])
 
-    def _scores(self, values):
+    def scores(self, values):
         """The score of each unit: the sum over it; the mean, where a last tile is shorter."""
         if self._structure.unit_is_weight:
             return self._cut(values, None)
         scores = self._cut(masks.as_float(values), masks.xp_of(values).add)
         return scores if self._shares is None else scores * self._shares
 
-    def _magnitudes(self, weights):
-        return self._scores(weights if self._structure.unit_is_weight else abs(weights))
+    def magnitudes(self, weights):
+        """What of a unit is ranked to be dropped, but for the sign."""
+        return self.scores(weights if self._structure.unit_is_weight else abs(weights))
 
-    def _is_active(self, mask):
+    def active(self, mask):
+        """Which units are active: bool array."""
         return self._cut(mask, masks.xp_of(mask).logical_or)
+
+    @property
+    def is_grouped(self):
+        """Whether units compete within groups."""
+        return self._group_axes is not None
 
     def _exists(self):
         """`False` at what fills up a shorter last group; broadcasts over the units."""
@@ -474,7 +481,7 @@ class Units:
 
     def num_active(self, mask):
         """How many units are active: int32."""
-        return masks.count(self._is_active(mask))
+        return masks.count(self.active(mask))
 
     @functools.cached_property
     def num_active_compiled(self):
@@ -493,15 +500,18 @@ class Units:
 
     # ------------------------------------------------------------------ choices
 
-    def drop_and_grow(self, weights, mask, scores, num_update):
+    def drop_and_grow(self, weights, mask, scores, num_update, num_grow=None):
         """Drop the `num_update` active units of smallest |w|, grow as many of largest score.
 
-        In groups, each grows as many as it has lost. See `keras_sparseopt.drop_and_grow`.
+        In groups, each grows as many as it has lost; without, `num_grow` may be another number.
+        See `keras_sparseopt.drop_and_grow`.
         """
-        magnitudes, active = self._magnitudes(weights), self._is_active(mask)
-        scores = self._scores(scores)
-        if self._group_axes is None:
-            return self._joined(masks.drop_and_grow(magnitudes, active, scores, num_update))
+        magnitudes, active = self.magnitudes(weights), self.active(mask)
+        scores = self.scores(scores)
+        if not self.is_grouped:
+            return self._joined(
+                masks.drop_and_grow(magnitudes, active, scores, num_update, num_grow)
+            )
         xp = masks.xp_of(active)
         kept = masks.drop(magnitudes, active, num_update)
         free = xp.logical_not(kept)
@@ -513,7 +523,7 @@ class Units:
 
     def prune(self, weights, mask, count):
         """The `count` active units of largest |w|; all of them, if there are fewer."""
-        magnitudes, active = self._magnitudes(weights), self._is_active(mask)
+        magnitudes, active = self.magnitudes(weights), self.active(mask)
         if self._group_axes is None:
             return self._joined(masks.prune(magnitudes, active, count))
         return self._joined(self._prune_groups(magnitudes, active, count))
@@ -538,7 +548,7 @@ class Units:
 
     def random_scores(self, mask, seed, index, step):
         """Uniform draws in [0, 1), one for each unit; see `masks.random_scores`."""
-        return self._joined(masks.random_scores(self._is_active(mask), seed, index, step))
+        return self._joined(masks.random_scores(self.active(mask), seed, index, step))
 
     # ------------------------------------------------------------------ masks from elsewhere
 
@@ -555,7 +565,7 @@ class Units:
         xp = masks.xp_of(mask)
         nonzero = xp.not_equal(weights, 0)
         outside = masks.count(xp.logical_and(nonzero, xp.logical_not(mask)))
-        wanted, active = self._is_active(nonzero), self._is_active(mask)
+        wanted, active = self.active(nonzero), self.active(mask)
         if masks.on_host(mask) and not outside:
             number = masks.count(active)
             return outside, number, number, mask
@@ -571,7 +581,7 @@ class Units:
         Raises:
             ValueError: If there is none.
         """
-        wanted = self._is_active(wanted)
+        wanted = self.active(wanted)
         counts = self._by_group(wanted)
         if not self._structure.is_finished(counts, self._group_sizes):
             raise ValueError(f"what is not 0 does not fit {self._structure}")
@@ -582,14 +592,14 @@ class Units:
         """Whether a NumPy mask has the structure: bool."""
         if not self._structure.cuts and self._group_axes is None:
             return True
-        active = self._is_active(mask)
+        active = self.active(mask)
         counts = self._by_group(active)
         allowed = self._structure.allowed(counts, self._group_sizes)
         return bool(np.array_equal(counts, allowed) and np.array_equal(self._joined(active), mask))
 
     def is_finished(self, mask):
         """Whether a NumPy mask is not only passed through by `GMP`: bool."""
-        counts = self._by_group(self._is_active(mask))
+        counts = self._by_group(self.active(mask))
         return self._structure.is_finished(counts, self._group_sizes)
 
     def _with_numbers(self, first, second, numbers):

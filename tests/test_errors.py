@@ -104,6 +104,7 @@ WRONG_CALLS = {
     "scores shape": (lambda: kso.drop_and_grow(W, M, W[0], 1), "`weights`, `mask` and `scores` must have one shape. Received: (2, 2), (2, 2), (2,)"),
     "mask dtype": (lambda: kso.drop_and_grow(W, W, W, 1), "`mask` must be bool. Received: dtype="),
     "num_update large": (lambda: kso.drop_and_grow(W, M, W, 5), "`num_update` must be an int in [0, number of active weights = 4]. Received: num_update=5"),
+    "num_grow": (lambda: kso.drop_and_grow(W, M, W, 1, 2), "`num_grow` must be an int in [0, positions that are not kept = 1]. Received: num_grow=2"),
     "num_update float": (lambda: kso.drop_and_grow(W, M, W, 0.5), "`num_update` must be an int in [0, number of active weights = 4]. Received: num_update=0.5"),
     "set_mask shape": (lambda: kso.set_mask(built(), np.ones((3, 4), bool)), "The mask must be bool of shape (4, 3). Received: dtype bool, shape (3, 4)"),
     "set_mask dtype": (lambda: kso.set_mask(built(), np.ones((4, 3))), "The mask must be bool of shape (4, 3). Received: dtype float64, shape (4, 3)"),

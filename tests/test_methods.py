@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import keras_sparseopt as kso
 from keras_sparseopt import masks
+from keras_sparseopt.callbacks import _shared_out
 
 
 def mlp(sparsity=0.7, structure=None):
@@ -135,6 +136,91 @@ def test_granet_prunes_globally_and_then_replaces_as_rigl():
             score = np.abs(g).ravel().copy()
             score[list(kept)] = -1
             assert positions(new) == kept | top(score, replaced)
+
+
+# ---------------------------------------------------------------------- redistribution
+
+
+def test_redistribution_by_mean_gradients():
+    """SNFS's: what is dropped grows where the mean |g| of the active weights is largest."""
+    method = kso.RigL(4, 0.5, end_step=16, redistribution="mean")
+    _, before, after, _ = train(method, epochs=2)
+    changed = False
+    for step in (4, 8, 12):
+        f = 0.25 * (1 + np.cos(np.pi * step / 16))
+        state = before[step - 1]
+        dropped = [int(f * m.sum()) for _, m, _ in state]
+        share = np.array([np.abs(g[m]).mean() for _, m, g in state])
+        share = sum(dropped) * share / share.sum()
+        grown = []
+        for (_, old, g), (w, _, _), (_, new, _), d in zip(state, state, after[step - 1], dropped):
+            kept = top(np.where(old, np.abs(w), -1), int(old.sum()) - d)
+            grown.append(int(new.sum()) - len(kept))
+            score = np.abs(g).ravel().copy()
+            score[list(kept)] = -1
+            assert positions(new) == kept | top(score, grown[-1])
+        assert sum(grown) == sum(dropped)
+        room = [m.size - m.sum() + d for (_, m, _), d in zip(state, dropped)]
+        for g, s, r in zip(grown, share, room):
+            assert g == r or abs(g - s) < 1 or any(r <= s for s, r in zip(share, room))
+        changed |= grown != dropped
+    assert changed
+
+
+def test_redistribution_ranks_all_layers_together():
+    method = kso.RigL(4, 0.5, end_step=16, redistribution="global")
+    model, before, after, _ = train(method, epochs=2)
+    for step in (4, 8, 12):
+        f = 0.25 * (1 + np.cos(np.pi * step / 16))
+        state = before[step - 1]
+        total = sum(int(f * m.sum()) for _, m, _ in state)
+        values = np.concatenate([np.where(m, np.abs(w), -1).ravel() for w, m, _ in state])
+        active = sum(int(m.sum()) for _, m, _ in state)
+        kept = top(values, active - total)
+        scores = np.concatenate([np.abs(g).ravel() for _, _, g in state]).copy()
+        scores[list(kept)] = -1
+        expected = kept | top(scores, total)
+        assert positions(np.concatenate([m.ravel() for _, m, _ in after[step - 1]])) == expected
+    budgets = array(model.optimizer.budgets)
+    assert budgets.tolist() == [mask.sum() for mask in masks_of(model)]
+
+
+@pytest.mark.parametrize("redistribution", ["mean", "global"])
+@pytest.mark.parametrize("structure", [None, kso.Block(3, 1)], ids=str)
+def test_redistribution_is_the_same_compiled(redistribution, structure):
+    found = []
+    for where in (False, True):
+        method = kso.SNFS(3, 0.6, end_step=100, redistribution=redistribution, compiled=where)
+        model, *_ = train(method, mlp(structure=structure))
+        units = [w.topology.num_active_units() for w in kso.sparse_weights(model)]
+        found.append([units, *[mask.tolist() for mask in masks_of(model)]])
+    fresh = mlp(structure=structure)
+    before = [w.topology.num_active_units() for w in kso.sparse_weights(fresh)]
+    assert sum(found[0][0]) == sum(before) and found[0][0] != before
+    assert found[0] == found[1]
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_what_is_shared_out_adds_up_and_fits(data):
+    room = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=6))
+    shares = data.draw(st.lists(st.floats(0, 1e6), min_size=len(room), max_size=len(room)))
+    total = data.draw(st.integers(0, sum(room)))
+    given = _shared_out(total, shares, room)
+    assert sum(given) == total and all(0 <= g <= r for g, r in zip(given, room))
+
+
+def test_redistribution_is_refused_where_it_cannot_be():
+    for make, message in [
+        (lambda: kso.SET(redistribution="mean"), "needs gradients, which SET does not"),
+        (lambda: kso.GMP(redistribution="global"), "is not for GMP, which has its own budget"),
+        (lambda: kso.RigL(redistribution="all"), '`redistribution` must be "mean", "global"'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    model = mlp(0.5, structure=kso.NM(2, 4))
+    with pytest.raises(ValueError, match=r"Received: 'hidden' of NM\(2, 4\)"):
+        train(kso.RigL(4, redistribution="global"), model)
 
 
 # ---------------------------------------------------------------------- MEST
