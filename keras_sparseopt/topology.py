@@ -341,6 +341,8 @@ class Topology:
 
     def moved_weights(self):
         """How many inactive weights are not 0: what something other than SparseOpt has moved."""
+        if self._is_on_host():
+            return int(np.count_nonzero((host(self.variable) != 0) & ~host(self.mask)))
         weight, mask = ops.convert_to_tensor(self.variable), ops.convert_to_tensor(self.mask)
         return int(host(_count_moved(weight, mask)))
 
