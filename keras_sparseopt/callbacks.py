@@ -26,7 +26,6 @@ from keras_sparseopt.devices import (
     use_step,
 )
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
-from keras_sparseopt.structures import units_of
 from keras_sparseopt.topology import is_named
 
 # How much of the drop fraction is left, by progress from 0 to 1.
@@ -607,7 +606,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             mask, gradient = read(weight.topology.mask), self._gradient(weight)
             gradient = None if gradient is None else read(gradient)
             numbers_so_far = {"step": self._step, "index": weight.index, "num_update": number}
-            update = _update(_known(weight.topology), mask.shape, numbers_so_far)
+            update = _update(weight.topology.geometry, mask.shape, numbers_so_far)
             arguments = read(weight.variable), mask, gradient, update
             values.append(abs(unit.magnitudes(self.values(*arguments))))
             scores.append(unit.scores(self.scores(*arguments)))
@@ -647,10 +646,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def _ranking(self, weight):
         """`new_mask`, as a function of arrays and numbers only; the same for weights alike."""
-        known = _known(weight.topology)
+        geometry = weight.topology.geometry
 
         def rank(value, mask, gradient, numbers):
-            return self.new_mask(value, mask, gradient, _update(known, mask.shape, numbers))
+            return self.new_mask(value, mask, gradient, _update(geometry, mask.shape, numbers))
 
         return rank
 
@@ -835,16 +834,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             use_step(self.model)
 
 
-def _known(topology):
-    """What topologies have in common whose mask updates are one compiled function."""
-    names = ("structure", "neuron_axes", "input_axes", "skew_correction")
-    return {name: getattr(topology, name) for name in names}
-
-
-def _update(known, shape, numbers):
-    axes = known["neuron_axes"], known["input_axes"]
-    units = units_of(known["structure"], tuple(shape), *axes)
-    return types.SimpleNamespace(units=units, **known, **numbers)
+def _update(geometry, shape, numbers):
+    """What `scores` and `new_mask` are told beside the arrays."""
+    units = geometry.units(shape)
+    return types.SimpleNamespace(units=units, **geometry._asdict(), **numbers)
 
 
 def _shared_out(total, shares, room):

@@ -9,6 +9,7 @@ that masks need.
 import dataclasses
 import functools
 import math
+import typing
 
 import keras
 import numpy as np
@@ -195,8 +196,7 @@ class Block(Structure):
 
     def shares(self, shape):
         sizes = [
-            np.minimum(length - np.arange(0, length, tile), tile)
-            for length, tile in zip(shape[1:], (self.inputs, self.neurons))
+            _lengths(length, tile) for length, tile in zip(shape[1:], (self.inputs, self.neurons))
         ]
         if all((size == size[0]).all() for size in sizes):
             return None
@@ -291,8 +291,7 @@ class NM(Structure):
 
     def group_sizes(self, unit_shape, shape, group_axes):
         inputs = shape[1]
-        sizes = np.minimum(inputs - np.arange(0, inputs, self.m), self.m)
-        return sizes.astype("int32").reshape(1, -1, 1, 1)
+        return _lengths(inputs, self.m).reshape(1, -1, 1, 1)
 
     def fewest(self, count, present, sizes):
         return self._number(sizes)
@@ -361,6 +360,11 @@ class ConstantFanIn(Structure):
         return max(1, round(count / repeats)) * repeats
 
 
+def _lengths(length, part):
+    """An axis in parts, of which the last may be shorter: NumPy int32 array of their lengths."""
+    return np.minimum(length - np.arange(0, length, part), part).astype("int32")
+
+
 def _padded(matrix, inputs, neurons):
     """With zeros up to multiples of inputs and neurons."""
     missing = -matrix.shape[1] % inputs, -matrix.shape[2] % neurons
@@ -388,6 +392,24 @@ def structure_config(structure):
     if structure == Unstructured():
         return None
     return keras.saving.serialize_keras_object(structure)
+
+
+class Geometry(typing.NamedTuple):
+    """What weights have in common whose mask updates are one compiled function.
+
+    Attributes:
+        structure: `Structure`.
+        neuron_axes, input_axes, skew_correction: As in `Topology`.
+    """
+
+    structure: Structure
+    neuron_axes: tuple
+    input_axes: tuple
+    skew_correction: bool
+
+    def units(self, shape):
+        """`Units` of a kernel of this shape."""
+        return units_of(self.structure, tuple(shape), self.neuron_axes, self.input_axes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -423,11 +445,11 @@ class Units:
         self._group_axes = structure.group_axes(masks.fan_in_axes(len(shape), neuron_axes))
         self._group_sizes = structure.group_sizes(self._unit_shape, seen, self._group_axes)
         competing = range(len(self._unit_shape)) if self._group_axes is None else self._group_axes
-        self._groups = math.prod(
+        groups = math.prod(
             size for axis, size in enumerate(self._unit_shape) if axis not in competing
         )
         # How many groups there are of each of the sizes.
-        self._repeats = self._groups // self._group_sizes.size
+        self._repeats = groups // self._group_sizes.size
         self.total = int(self._group_sizes.sum()) * self._repeats
 
     # ------------------------------------------------------------------ arrays and units

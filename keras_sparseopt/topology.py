@@ -18,7 +18,7 @@ from keras_sparseopt.backend import (
     host,
     is_traced,
 )
-from keras_sparseopt.structures import Unstructured, units_of
+from keras_sparseopt.structures import Geometry, Unstructured, units_of
 
 # ---------------------------------------------------------------------- axes of kernels
 
@@ -226,9 +226,9 @@ class Topology:
         return mask
 
     @property
-    def alike(self):
-        """What topologies have in common whose mask updates are one compiled function."""
-        return self.structure, self.neuron_axes, self.input_axes, self.skew_correction
+    def geometry(self):
+        """`Geometry`: all that a mask update must know of the weight."""
+        return Geometry(self.structure, self.neuron_axes, self.input_axes, self.skew_correction)
 
     @property
     def sparsity(self):
@@ -244,9 +244,7 @@ class Topology:
     @property
     def units(self):
         """`Units`: the mask's structure on this kernel."""
-        return units_of(
-            self.structure, tuple(self.variable.shape), self.neuron_axes, self.input_axes
-        )
+        return self.geometry.units(self.variable.shape)
 
     def _is_on_host(self):
         return are_on_host([self.variable, self.mask])

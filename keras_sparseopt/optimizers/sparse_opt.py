@@ -23,7 +23,7 @@ from keras_sparseopt.backend import (
 from keras_sparseopt.checks import check_bool
 from keras_sparseopt.devices import check_optimizer, check_strategy
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
-from keras_sparseopt.structures import as_structure, structure_config, units_of
+from keras_sparseopt.structures import as_structure, structure_config
 from keras_sparseopt.topology import attach, own_constraint, topology_of
 
 # What a dense gradient is before any step has written it.
@@ -539,7 +539,7 @@ class SparseOpt(WrapperOptimizer):
         changed, active, budgets = [], [], {}
         for weight, new_mask, numbers in updates:
             topology, has_scale = weight.topology, weight.scale is not None
-            alike = topology.alike, has_scale
+            alike = topology.geometry, has_scale
             name = key, alike, initial, donates
             program = self._sparse.programs.get(name)
             if program is None:
@@ -589,10 +589,7 @@ class SparseOpt(WrapperOptimizer):
             the correction's scale or `None`, and how many weights are new, are active, and how
             many units are active.
         """
-        topology, has_scale = weight.topology, weight.scale is not None
-        structure, neuron_axes, input_axes = (
-            topology.structure, topology.neuron_axes, topology.input_axes
-        )  # fmt: skip
+        geometry, has_scale = weight.topology.geometry, weight.scale is not None
 
         def move(state, mask, gradient, numbers):
             *moving, explored = state
@@ -601,8 +598,8 @@ class SparseOpt(WrapperOptimizer):
             moving = [masks.masked(value, survives) for value in moving]
             now = masks.packed(new)
             explored = now if initial else ops.bitwise_or(explored, now)
-            scale = self.correction(new, neuron_axes) if has_scale else None
-            units = units_of(structure, tuple(mask.shape), neuron_axes, input_axes)
+            scale = self.correction(new, geometry.neuron_axes) if has_scale else None
+            units = geometry.units(mask.shape)
             changed = masks.count(ops.logical_and(new, ops.logical_not(mask)))
             counts = changed, masks.count(new), units.num_active(new)
             return [*moving, explored], new, scale, counts
