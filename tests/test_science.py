@@ -1,5 +1,7 @@
 """The small laboratories among the examples: their arithmetic by hand, and that they run."""
 
+import pydoc_data.topics
+
 import keras
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def test_capacity_comparison_runs(tmp_path):
 def test_structure_comparison_runs(tmp_path, capsys):
     import structure_comparison as sc
 
-    arguments = ["--quick", "--only", r"mlp rigl NM\(2", "--output", str(tmp_path)]
+    arguments = ["--quick", "--only", r"mlp rigl .* NM\(2", "--output", str(tmp_path)]
     content = sc.main(arguments)
     rows = content["comparisons"]
     assert [row["skew_correction"] for row in rows] == [True, False]
@@ -149,6 +151,18 @@ def test_structure_comparison_runs(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     trained = len(content["runs"])
     assert len(sc.main(arguments)["runs"]) == trained == 8  # none is repeated
+
+
+def test_structure_comparison_predicts_characters_of_other_pages():
+    import structure_comparison as sc
+
+    (x, y), (test_x, _) = sc.load_text(3000, 1000)
+    assert x.shape == (3000, sc.CONTEXT) and y.shape == (3000,) and len(test_x) == 1000
+    pages = "\n".join(pydoc_data.topics.topics.values())
+    characters = sorted(set("".join(pydoc_data.topics.topics.values())))
+    for window, following in zip(x[:20], y[:20]):
+        assert "".join(characters[i] for i in [*window, following]) in pages
+    assert sc.text_model()(x[:2]).shape == (2, len(characters))
 
 
 # ----------------------------------------------------------------------------------- the skew
