@@ -25,7 +25,7 @@ METHODS = {
 }
 # The others never change the number of active weights of a layer.
 CHANGES_COUNTS = {"GMP", "GMP global", "GraNet"}
-EAGER_LOW = ("RigL", "mixed_float16")
+OTHER_EXECUTIONS = {("RigL", "float32"), ("RigL", "mixed_float16"), ("SET", "float32")}
 PRECISIONS = ["float32", "mixed_float16", "mixed_bfloat16"]
 EXECUTIONS = {
     "eager": {"run_eagerly": True},
@@ -39,10 +39,8 @@ CELLS = [
     for method in METHODS
     for precision in PRECISIONS
     for execution in EXECUTIONS
-    # eager mode runs the same lines one by one; one low precision of it will do
-    if execution != "eager" or precision == "float32" or (method, precision) == EAGER_LOW
-    # the step does not depend on how masks are ranked: for these one way of running will do
-    if method not in CHANGES_COUNTS | {"MEST", "SNFS", "SRigL"} or execution == "XLA"
+    # how the step runs does not depend on how masks are ranked: two methods show it
+    if execution == "XLA" or (method, precision) in OTHER_EXECUTIONS
 ]
 OPTIMIZERS = {
     "SparseOpt": lambda: kso.SparseOpt(keras.optimizers.SGD(0.05, momentum=0.9)),

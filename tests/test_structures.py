@@ -239,30 +239,38 @@ def test_n_m_exchanges_within_groups_by_hand():
 # ---------------------------------------------------------------------- in a model
 
 
-def network(structure, sparsity=None, more=False, **options):
+def network(structures, dense=False, more=False, seed=0):
+    """For each structure a dense layer and a convolution; with `more`, attention and an LSTM."""
     keras.utils.set_random_seed(1)
     inputs = keras.Input((12,))
-    x = layers.Reshape((3, 2, 2))(inputs)
-    x = layers.Activation("relu")(layers.BatchNormalization()(layers.Conv2D(6, 2)(x)))
-    x = layers.Flatten()(x)
+    x, rules, sparsities = inputs, {}, {}
+    for i, structure in enumerate(structures):
+        x = layers.Reshape((3, 2, 2))(layers.Dense(12, name=f"s{i}_dense")(x))
+        x = layers.BatchNormalization()(layers.Conv2D(6, 2, name=f"s{i}_convolution")(x))
+        x = layers.Flatten()(layers.ReLU()(x))
+        rules[f"s{i}_*"] = structure
+        sparsities[f"s{i}_*"] = 0.0 if dense else own_sparsity(structure)
     if more:
         x = layers.Reshape((2, 6))(x)
-        x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-        x = layers.LSTM(5, name="lstm")(x)
+        x = layers.MultiHeadAttention(2, 4, name="s1_attention")(x, x)
+        x = layers.LSTM(5, name="s3_lstm")(x)
     model = keras.Model(inputs, layers.Dense(3, name="head")(x))
-    sparsity = own_sparsity(structure) if sparsity is None else sparsity
-    kso.sparsify(model, sparsity, structure=structure, **options)
+    kso.sparsify(model, None, sparsities, structure=rules, seed=seed)
     optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9))
     # The masks matter here: TensorFlow need not compile the steps.
     return compiled(model, optimizer, jit_compile=keras.backend.backend() == "jax")
 
 
-def assert_structure(model, structure, dense=False):
+def assert_structures(model, structures):
+    seen = set()
     for weight in kso.sparse_weights(model):
         topology = weight.topology
         kernel = tuple(weight.shape), topology.neuron_axes, topology.input_axes
+        structure = structures[int(topology.name[1])]
         assert topology.structure == structure
-        assert has_structure(structure, kernel, array(topology.mask), dense), topology.name
+        assert has_structure(structure, kernel, array(topology.mask)), topology.name
+        seen.add(structure)
+    assert len(seen) == len(structures)
 
 
 def fit(model, *callbacks, first=0, last=2):
@@ -285,75 +293,85 @@ METHODS = {
 }
 
 
+def callbacks_of(method, structures, **options):
+    """One callback; a pruning method has one for each sparsity that it ends with."""
+    if method not in ("GMP", "GMP global", "GraNet"):
+        return [METHODS[method](**options)]
+    final: dict = {}
+    for i, structure in enumerate(structures):
+        final.setdefault(own_sparsity(structure), []).append(f"s{i}_*")
+    return [METHODS[method](final=f, layers=names, **options) for f, names in final.items()]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@cases
-def test_every_method_keeps_every_structure(structure, method):
-    """On the host and compiled, with the same masks; counts of units exact."""
-    prunes = method[:2] == "GM" or method == "GraNet"
-    final = {"final": own_sparsity(structure)} if prunes else {}
-    trained = []
-    for compiled_update in (False, True) if method in ("RigL", "GraNet") else (False,):
-        model = network(structure, 0.0 if prunes else None)
-        before = masks_of(model)
-        fit(model, METHODS[method](compiled=compiled_update, **final))
-        after = masks_of(model)
-        assert_invariants(model)
-        assert_structure(model, structure)
-        assert any(not np.array_equal(a, b) for a, b in zip(before, after))
-        for weight, old in zip(kso.sparse_weights(model), before):
-            units, size = weight.topology.units, weight.shape
-            wanted = units.num_active(old)
-            if prunes:
-                wanted = units.nearest(
-                    masks.num_active(int(np.prod(size)), own_sparsity(structure))
-                )
-            if method not in ("GMP global", "GraNet") or isinstance(structure, kso.NM):
-                assert weight.topology.num_active_units() == wanted
-        trained.append(after)
-    assert all(np.array_equal(a, b) for a, b in zip(trained[0], trained[-1]))
+def test_every_method_keeps_every_structure(method):
+    """With exact counts of units."""
+    prunes = method in ("GMP", "GMP global", "GraNet")
+    model = network(STRUCTURES, dense=prunes)
+    before = masks_of(model)
+    fit(model, *callbacks_of(method, STRUCTURES))
+    assert_invariants(model)
+    assert_structures(model, STRUCTURES)
+    changed = set()
+    for weight, old, new in zip(kso.sparse_weights(model), before, masks_of(model)):
+        units, structure = weight.topology.units, weight.topology.structure
+        if not np.array_equal(old, new):
+            changed.add(structure)
+        wanted = units.num_active(old)
+        if prunes:
+            wanted = units.nearest(masks.num_active(old.size, own_sparsity(structure)))
+        if method not in ("GMP global", "GraNet") or isinstance(structure, kso.NM):
+            assert weight.topology.num_active_units() == wanted
+    assert changed == set(STRUCTURES)
 
 
-@cases
-def test_structures_come_back_from_files_and_train_on(structure, tmp_path):
-    model = network(structure, more=True)
+@pytest.mark.parametrize("method", ["RigL", "GraNet"])
+def test_masks_move_compiled_as_on_the_host(method):
+    structures, found = [kso.Block(4, 1), kso.NM(2, 4), kso.ConstantFanIn()], []
+    for where in (False, True):
+        model = network(structures, dense=method == "GraNet")
+        fit(model, *callbacks_of(method, structures, compiled=where))
+        assert_structures(model, structures)
+        found.append(masks_of(model))
+    assert all(np.array_equal(a, b) for a, b in zip(*found))
+
+
+def test_structures_come_back_from_files_and_train_on(tmp_path):
+    model = network(STRUCTURES, more=True)
     fit(model, METHODS["RigL"]())
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
-    assert_structure(loaded, structure)
+    assert_structures(loaded, STRUCTURES)
     for trained in (model, loaded):
         fit(trained, METHODS["RigL"](), first=2, last=3)
     assert all(np.array_equal(a, b) for a, b in zip(masks_of(model), masks_of(loaded)))
     plain = keras.models.load_model(tmp_path / "m.keras", compile=False)
-    kso.masks_from_zeros(plain, structure=structure)
-    assert_structure(plain, structure)
+    rules = {f"s{i}_*": structure for i, structure in enumerate(STRUCTURES)}
+    kso.masks_from_zeros(plain, exclude=["head"], structure=rules)
+    assert_structures(plain, STRUCTURES)
 
 
-@cases
-def test_weights_win_under_a_structure(structure):
-    model, other = network(structure), network(structure, seed=5)
+def test_weights_win_under_a_structure():
+    model, other = network(STRUCTURES), network(STRUCTURES, seed=5)
     fit(model, METHODS["RigL"]())
     model.set_weights(other.get_weights())
-    assert_structure(model, structure)
+    assert_structures(model, STRUCTURES)
     assert_invariants(model)
     for mask, weight in zip(masks_of(model), kso.sparse_weights(other)):
         assert (mask >= (array(weight) != 0)).all()
 
 
-@cases
-def test_layers_sparse_by_construction_take_it(structure, tmp_path):
-    model = keras.Sequential(
-        [
-            keras.Input((12,)),
-            kso.SparseDense(10, sparsity=own_sparsity(structure), structure=structure, seed=0),
-            layers.BatchNormalization(),
-            kso.SparseDense(3, sparsity=own_sparsity(structure), structure=structure, seed=1),
-        ]
-    )
+def test_layers_sparse_by_construction_take_it(tmp_path):
+    model = keras.Sequential([keras.Input((12,))])
+    for i, structure in enumerate(STRUCTURES):
+        options = {"sparsity": own_sparsity(structure), "structure": structure, "seed": i}
+        model.add(kso.SparseDense(10, name=f"s{i}_dense", **options))
+        model.add(layers.BatchNormalization())
     compiled(model, kso.SparseOpt("sgd"))
     fit(model, METHODS["RigL"]())
-    assert_structure(model, structure)
+    assert_structures(model, STRUCTURES)
     model.save(tmp_path / "m.keras")
-    assert_structure(keras.models.load_model(tmp_path / "m.keras"), structure)
+    assert_structures(keras.models.load_model(tmp_path / "m.keras"), STRUCTURES)
 
 
 def test_rules_give_each_weight_its_structure():
@@ -467,7 +485,7 @@ def test_the_logs_are_the_same_on_the_host_and_compiled():
     """Ragged blocks: counted in weights in both."""
     logs = []
     for where in (False, True):
-        model = network(kso.Block(3, 2), seed=3)
+        model = network([kso.Block(3, 2)], seed=3)
         logs.append(fit(model, METHODS["MEST"](compiled=where)).history)
     for name, values in logs[0].items():
         np.testing.assert_allclose(values, logs[1][name], rtol=1e-5)

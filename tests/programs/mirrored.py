@@ -133,7 +133,7 @@ def check_refusals(devices):
 def main():
     mirrored = kso.resolve_strategy("mirrored")
     assert mirrored.num_replicas == replicas and mirrored.num_workers == 1
-    for case in CASES if replicas == 2 else CASES[:2]:
+    for case in CASES if replicas == 2 else CASES[1:2]:
         one, one_history = train(kso.resolve_strategy("one"), *case)
         many, many_history = train(mirrored, *case)
         tiny.assert_close(tiny.state(one), tiny.state(many))
