@@ -22,6 +22,7 @@ from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.cost import layer_costs, summary
+from keras_sparseopt.deployment import load_packed, save_packed
 from keras_sparseopt.devices import (
     assert_replicas_agree,
     fit_distributed,
@@ -81,12 +82,14 @@ __all__ = [
     "gradient_skew",
     "itop_rate",
     "layer_costs",
+    "load_packed",
     "mask_overlap",
     "masks_from_zeros",
     "measured_skew",
     "prune_at_init",
     "report",
     "resolve_strategy",
+    "save_packed",
     "set_mask",
     "sparse_layers",
     "sparse_weights",

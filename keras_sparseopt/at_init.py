@@ -14,6 +14,10 @@ from keras_sparseopt.conversion import (
     maskable,
     structures_of,
 )
+from keras_sparseopt.structures import shared_budget
+
+# GraSP's: of outputs that are as good as equal, so that no class counts more.
+_TEMPERATURE = 200.0
 
 
 def prune_at_init(
@@ -33,6 +37,8 @@ def prune_at_init(
 
     ```
     "snip":     score = |w · ∂L/∂w|                               L: loss of one batch
+    "grasp":    score = w · Hg                 g, H: gradient and Hessian of the loss of one batch,
+                                                whose outputs are divided by 200
     "synflow":  for k = 1 … iterations, down to a density of (1 − sparsity)^(k / iterations):
                 score = |w| · ∂R/∂|w|        R: sum of the outputs for an input of ones, with all
                                                 trained weights replaced by their magnitudes
@@ -45,11 +51,12 @@ def prune_at_init(
     Args:
         model: Built Keras model.
         sparsity: Float in [0, 1), the inactive fraction of the masked weights together.
-        method: `"snip"` (default) or `"synflow"`.
-        data: Tuple `(x, y)`, one batch, for `"snip"`; the larger, the less it is left to chance.
-            `"synflow"` needs none; a model without known inputs takes its shapes from `(x, y)`.
+        method: `"snip"` (default), `"grasp"` or `"synflow"`.
+        data: Tuple `(x, y)`, one batch, for `"snip"` and `"grasp"`; the larger, the less it is left
+            to chance. `"synflow"` needs none; a model without known inputs takes its shapes from
+            `(x, y)`.
         loss: Keras loss, its name, or a function `(y, outputs) → scalar`; `None` (default) for the
-            one that the model was compiled with.
+            one that the model was compiled with. `"grasp"` needs outputs that are logits.
         iterations: Int, of `"synflow"`, defaults to 100.
         include, exclude, structure, skew_correction: As in `sparsify`.
 
@@ -84,12 +91,15 @@ def prune_at_init(
     References:
         Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019;
         Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
-        flow", NeurIPS 2020. Biases are not pruned here.
+        flow", NeurIPS 2020; Wang et al., "Picking Winning Tickets Before Training by Preserving
+        Gradient Flow", ICLR 2020. Biases are not pruned here.
     """
     check_built(model)
     check_sparsity(sparsity)
-    if method not in ("snip", "synflow"):
-        raise ValueError(f'`method` must be "snip" or "synflow". Received: method={method!r}')
+    if method not in ("snip", "grasp", "synflow"):
+        raise ValueError(
+            f'`method` must be "snip", "grasp" or "synflow". Received: method={method!r}'
+        )
     check_int("iterations", iterations, 1)
     check_not_training(model)
     if data is not None and not (isinstance(data, tuple) and len(data) == 2):
@@ -100,29 +110,35 @@ def prune_at_init(
     structures = structures_of(model, kernels, structure)
     for own in structures.values():
         own.check_sparsity(sparsity)
-    if method == "snip":
-        scores = _snip(model, kernels, data, loss)
-        found = _best(kernels, structures, scores, sparsity)
-    else:
+    if method == "synflow":
         found = _synflow(model, kernels, structures, data, sparsity, iterations)
+    else:
+        scores = _sensitivity(model, kernels, method, data, loss)
+        found = _best(kernels, structures, scores, sparsity)
     attach_all(model, kernels, found, skew_correction, structures)
     return model
 
 
-def _snip(model, kernels, data, loss):
+def _sensitivity(model, kernels, method, data, loss):
+    """|w · g|, or w · Hg: arrays ≥ 0 whose order is that of the scores."""
     if data is None:
-        raise ValueError('`data` must be given for "snip": a batch (x, y). Received: data=None')
+        raise ValueError(f'`data` must be given for "{method}": a batch (x, y). Received: None')
     x, y = data
-    function = _loss_function(model, loss)
+    function, is_grasp = _loss_function(model, loss, method), method == "grasp"
     gradients = gradient_function(
-        lambda: function(ops.convert_to_tensor(y), model(x, training=True)),
+        lambda: function(
+            ops.convert_to_tensor(y), model(x, training=True), _TEMPERATURE if is_grasp else 1.0
+        ),
         [kernel.variable for kernel in kernels],
+        of_norm=is_grasp,
     )
     values = [host(kernel.variable) for kernel in kernels]
-    return [w * g for w, g in zip(values, gradients(values)[1])]
+    scores = [w * g for w, g in zip(values, gradients(values)[1])]
+    lowest = min(score.min() for score in scores)
+    return [score - lowest if is_grasp else abs(score) for score in scores]
 
 
-def _loss_function(model, loss):
+def _loss_function(model, loss, method):
     loss = getattr(model, "loss", None) if loss is None else loss
     if loss is None or isinstance(loss, (dict, list)):
         raise ValueError(
@@ -131,13 +147,13 @@ def _loss_function(model, loss):
         )
     function = keras.losses.get(loss)
 
-    def mean(y, outputs):
+    def mean(y, outputs, temperature):
         if isinstance(outputs, (list, tuple, dict)):
             raise ValueError(
-                '"snip" needs a model of one output. Received: '
+                f'"{method}" needs a model of one output. Received: '
                 f"{len(keras.tree.flatten(outputs))} outputs"
             )
-        return ops.mean(function(y, outputs))
+        return ops.mean(function(y, outputs / temperature))
 
     return mean
 
@@ -195,16 +211,8 @@ def _best(kernels, structures, scores, sparsity):
                 "overflow, or its loss is not finite."
             )
     everything = [np.ones(score.shape, bool) for score in scores]
-    counts = [masks.num_active(score.size, sparsity) for score in scores]
     own = [structures[id(kernel.variable)] for kernel in kernels]
-    together = [i for i, structure in enumerate(own) if structure.shares_a_budget]
-    if together:
-        number = masks.num_active(sum(scores[i].size for i in together), sparsity)
-        shares = masks.best_together(
-            [abs(scores[i]) for i in together], [everything[i] for i in together], number
-        )
-        for i, share in zip(together, shares):
-            counts[i] = share
+    counts = shared_budget(own, scores, everything, sparsity)
     units = [kernel.units(structure) for kernel, structure in zip(kernels, own)]
     return [
         unit.prune(score, every, np.int32(unit.nearest(count)))

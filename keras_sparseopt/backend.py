@@ -85,12 +85,14 @@ def compiled(function, donate=()):
     return jax.jit(function, donate_argnums=donate)
 
 
-def gradient_function(function, variables):
+def gradient_function(function, variables, of_norm=False):
     """The gradient of a scalar by some variables, as a function of their values.
 
     Args:
         function: Function without arguments; a scalar. What it assigns is discarded.
         variables: List of Keras variables.
+        of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
+            of `function`: its gradient is the Hessian times g.
 
     Returns:
         Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
@@ -100,26 +102,37 @@ def gradient_function(function, variables):
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return function()
 
+    def half_squared_norm(values):
+        return sum(ops.sum(ops.square(g)) for g in _value_and_gradients(at, values)[1]) / 2
+
+    def gradients(values):
+        return _value_and_gradients(half_squared_norm if of_norm else at, values)
+
     if IS_TENSORFLOW:
         import tensorflow as tf
 
-        @tf.function(autograph=False)
-        def gradients(values):
-            with tf.GradientTape() as tape:
-                tape.watch(values)
-                result = at(values)
-            return result, tape.gradient(result, values, unconnected_gradients="zero")
-
+        gradients = tf.function(gradients, autograph=False)
     else:
-        import jax
-
-        gradients = jax.jit(jax.value_and_grad(at))
+        gradients = compiled(gradients)
 
     def on_host(values):
         value, found = gradients([ops.convert_to_tensor(v) for v in values])
         return float(host(value)), [host(gradient) for gradient in found]
 
     return on_host
+
+
+def _value_and_gradients(function, values):
+    if not IS_TENSORFLOW:
+        import jax
+
+        return jax.value_and_grad(function)(values)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        result = function(values)
+    return result, tape.gradient(result, values, unconnected_gradients="zero")
 
 
 def colocated_scope(value):

@@ -1,7 +1,6 @@
 """A training state on disk that is always whole, and the way back from it."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -22,10 +21,10 @@ from keras_sparseopt.devices import (
     share_statistics,
     worker_index,
 )
+from keras_sparseopt.files import read_whole, write_whole
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 
 _NAME = re.compile(r"epoch-\d{6}\.npz")
-_CHECKSUM_SIZE = hashlib.sha256().digest_size
 
 
 class BackupAndRestore(keras.callbacks.Callback):
@@ -209,21 +208,15 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _write(self, epochs, state):
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         path = self.backup_dir / f"epoch-{epochs:06d}.npz"
-        unfinished = path.with_suffix(".unfinished")
         about = {
             "epochs": epochs,
             "history": self._history,
             "variables": self._signature(self._variables()),
             "carried": self._signature(self._carried()),
         }
-        with open(unfinished, "w+b") as file:
-            arrays = {f"{i:05d}": _to_bytes(value) for i, value in enumerate(state)}
-            np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            file.seek(0)
-            file.write(hashlib.file_digest(file, "sha256").digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        arrays = {f"{i:05d}": _to_bytes(value) for i, value in enumerate(state)}
+        about = np.array(json.dumps(about))
+        write_whole(path, lambda file: np.savez(file, about=about, **arrays))
         done = [file for file in self._files() if file.name <= path.name]
         for old in done[self.keep :]:
             old.unlink()
@@ -322,11 +315,7 @@ def _to_bytes(value):
 
 def _read(path):
     """A whole backup, if the checksum at its end is right."""
-    content = memoryview(path.read_bytes())
-    content, checksum = content[:-_CHECKSUM_SIZE], content[-_CHECKSUM_SIZE:]
-    if hashlib.sha256(content).digest() != checksum:
-        raise ValueError("it is damaged, cut off, or not a backup (wrong checksum)")
-    with np.load(io.BytesIO(content)) as file:
+    with np.load(io.BytesIO(read_whole(path))) as file:
         if "about" not in file.files:
             raise ValueError("it is an archive of something else (it holds no `about`)")
         backup = json.loads(str(file["about"]))

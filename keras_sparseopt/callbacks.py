@@ -86,6 +86,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         seed: Int, defaults to 0; of random growth.
         drop_schedule: String, how a float `drop_fraction` goes on: `"cosine"` (default) or
             `"linear"` to 0 at `end_step`, or `"constant"`.
+        growth_values: String, where connections start that grow: `"zero"` (default), the papers'
+            choice, or `"random"`, uniform in ± the mean |w| of the active weights.
         redistribution: String, whether layers share out the weights that grow. `None` (default):
             every layer grows as many as it drops. `"mean"`, SNFS's: in proportion to the mean
             |gradient| of a layer's active weights. `"global"`: the weakest of all layers are
@@ -138,6 +140,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         end_step=None,
         seed=0,
         drop_schedule="cosine",
+        growth_values="zero",
         redistribution=None,
         layers=None,
         optimizer=None,
@@ -160,6 +163,11 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 f"`drop_schedule` must be one of {', '.join(_SCHEDULES)}. "
                 f"Received: drop_schedule={drop_schedule!r}"
             )
+        if growth_values not in ("zero", "random"):
+            raise ValueError(
+                '`growth_values` must be "zero" or "random". '
+                f"Received: growth_values={growth_values!r}"
+            )
         if redistribution not in (None, "mean", "global"):
             raise ValueError(
                 '`redistribution` must be "mean", "global" or None. '
@@ -178,6 +186,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         self.update_every = int(update_every)
         self.drop_fraction = drop_fraction
         self.drop_schedule = drop_schedule
+        self.growth_values = growth_values
         self.redistribution = redistribution
         self.begin_step = int(begin_step)
         self.end_step = None if end_step is None else int(end_step)
@@ -245,6 +254,22 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         values = self.values(weight, mask, gradient, update)
         scores = self.scores(weight, mask, gradient, update)
         return update.units.drop_and_grow(values, mask, scores, update.num_update, update.num_grow)
+
+    def grown(self, weight, mask, gradient, update):
+        """Where new connections start; unless overridden, as `growth_values` says.
+
+        Args:
+            weight, mask, gradient, update: As in `scores`, before the update.
+
+        Returns:
+            Float array of the weight's shape, or `None` for 0.
+        """
+        if self.growth_values == "zero":
+            return None
+        mean = masks.mean_magnitude(weight, mask)
+        # Another stream than that of random growth, whose draws are large where something grows.
+        draws = masks.random_scores(mask, self.seed ^ 2**63, update.index, update.step)
+        return mean * (2 * draws - 1)
 
     def plan(self, weights, active):
         """What an update must know of all weights together, before any of them changes.
@@ -471,8 +496,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 number = ops.where(is_written, ops.cast(number, "int32"), 0)
                 facts = {"num_update": number, "num_grow": number}
                 facts |= {"step": step, "index": weight.index}
-                new_mask = self._ranking(weight)
-                mover = optimizer.mover(weight, new_mask, initial=False)
+                mover = optimizer.mover(weight, self._ranking(weight), initial=False)
                 state, mask, scale, (new, count, _) = mover(state, mask, gradient, facts)
                 results.append([*state, mask, *([] if scale is None else [scale])])
                 changed, active = changed + new, active + count
@@ -592,13 +616,10 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         read = host if self._ranks_on_host(weights) else ops.convert_to_tensor
         units, total = [weight.topology.units for weight in weights], sum(numbers)
         if self.redistribution == "mean":
-            means = []
-            for weight in weights:
-                gradient, mask = read(self._gradient(weight)), read(weight.topology.mask)
-                size = masks.masked(abs(masks.as_float(gradient)), mask)
-                means.append(float(host(size.mean() if masks.on_host(size) else ops.mean(size))))
-            # Of the active weights, not of all.
-            means = [m / max(1 - w.topology.sparsity, 1e-9) for m, w in zip(means, weights)]
+            means = [
+                float(host(masks.mean_magnitude(read(self._gradient(w)), read(w.topology.mask))))
+                for w in weights
+            ]
             room = [u.total - n + d for u, n, d in zip(units, active, numbers)]
             return numbers, _shared_out(total, means, room)
         values, scores, present = [], [], []
@@ -635,21 +656,24 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             gradient = self._gradient(weight)
             gradient = None if gradient is None else host(gradient)
             old = host(weight.topology.mask)
-            new = host(self._ranking(weight)(host(weight.variable), old, gradient, numbers))
+            rank = self._ranking(weight)
+            new, grown = rank(host(weight.variable), old, gradient, numbers)
+            new = host(new)
             del gradient
             changed += int(np.count_nonzero(new & ~old))
             active += int(np.count_nonzero(new))
             if not np.array_equal(new, old):
                 with freed(weight.variables if self._epoch is not None else []):
-                    self.optimizer.rewire(weight.variable, new, self.keeps_budget)
+                    self.optimizer.rewire(weight.variable, new, self.keeps_budget, grown)
         self.optimizer.mask_change.assign(changed / max(active, 1))
 
     def _ranking(self, weight):
-        """`new_mask`, as a function of arrays and numbers only; the same for weights alike."""
+        """`new_mask` and `grown`, a function of arrays and numbers; the same for weights alike."""
         geometry = weight.topology.geometry
 
         def rank(value, mask, gradient, numbers):
-            return self.new_mask(value, mask, gradient, _update(geometry, mask.shape, numbers))
+            arguments = value, mask, gradient, _update(geometry, mask.shape, numbers)
+            return self.new_mask(*arguments), self.grown(*arguments)
 
         return rank
 

@@ -164,6 +164,17 @@ def uncompile(model):
         setattr(model, name, None)
 
 
+@contextlib.contextmanager
+def without_optimizer(model):
+    """While files are read that hold nothing for the model's optimizer."""
+    optimizer = getattr(model, "optimizer", None)
+    model.optimizer = None
+    try:
+        yield
+    finally:
+        model.optimizer = optimizer
+
+
 @functools.cache
 def told_class(variable_class: Any) -> Any:
     """A variable class whose instances tell their `topology` before and after an assignment."""

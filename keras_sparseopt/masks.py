@@ -38,8 +38,8 @@ def as_int(bools):
 
 
 def as_float(values):
-    if on_host(values):
-        return values.astype("float32", copy=False)
+    if xp_of(values) is np:
+        return np.asarray(values).astype("float32", copy=False)
     return ops.cast(values, "float32")
 
 
@@ -128,6 +128,27 @@ def masked(values, mask):
     if on_host(values, mask):
         return np.where(mask, values, np.zeros((), values.dtype))
     return ops.where(mask, values, ops.cast(0, values.dtype))
+
+
+def mean_magnitude(values, mask):
+    """The mean |value| of what is active: a float32 scalar, 0 without any."""
+    xp, size = xp_of(values), masked(abs(as_float(values)), mask)
+    return xp.sum(size) / as_float(xp.maximum(count(mask), 1))
+
+
+def moved(weight, old, new, grown=None):
+    """A weight under its new mask: what stays keeps its value, what grows has that of `grown`.
+
+    Args:
+        weight: Tensor.
+        old, new: Bool tensors of its shape.
+        grown: Tensor of its shape, or `None` (default) for 0.
+    """
+    weight = masked(weight, ops.logical_and(old, new))
+    if grown is None:
+        return weight
+    grows = ops.logical_and(new, ops.logical_not(old))
+    return ops.where(grows, ops.cast(grown, weight.dtype), weight)
 
 
 def packed(mask):

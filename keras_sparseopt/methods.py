@@ -17,7 +17,7 @@ from keras_sparseopt.checks import (
     check_patterns,
     is_schedule,
 )
-from keras_sparseopt.structures import ConstantFanIn
+from keras_sparseopt.structures import ConstantFanIn, shared_budget
 from keras_sparseopt.topology import is_named
 
 
@@ -41,9 +41,9 @@ class RigL(DynamicSparseTraining):
             `skew_correction=False` are ranked by the original one in both cases.
         gradient_steps: Int, grow on the gradient averaged over the last so many optimizer
             steps, defaults to 1. At most `update_every`.
-        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
-            `check_replicas`, see
-            `DynamicSparseTraining`; `seed` is accepted, but RigL draws nothing.
+        **schedule: `drop_schedule`, `growth_values`, `redistribution`, `layers`, `optimizer`,
+            `compiled`, `check_replicas`, see `DynamicSparseTraining`; `seed` is that of random
+            `growth_values`, RigL draws nothing else.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a wrong `growth_gradient` or
@@ -128,9 +128,8 @@ class SET(DynamicSparseTraining):
         update_every, drop_fraction, begin_step, end_step: The schedule, see
             `DynamicSparseTraining`.
         seed: Int, defaults to 0.
-        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
-            `check_replicas`, see
-            `DynamicSparseTraining`.
+        **schedule: `drop_schedule`, `growth_values`, `redistribution`, `layers`, `optimizer`,
+            `compiled`, `check_replicas`, see `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`.
@@ -174,9 +173,8 @@ class MEST(DynamicSparseTraining):
             `DynamicSparseTraining`.
         seed: Int, defaults to 0.
         gradient_weight: Float ≥ 0, λ of the paper, defaults to 0.01.
-        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
-            `check_replicas`, see
-            `DynamicSparseTraining`.
+        **schedule: `drop_schedule`, `growth_values`, `redistribution`, `layers`, `optimizer`,
+            `compiled`, `check_replicas`, see `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a `gradient_weight` out of range.
@@ -266,9 +264,8 @@ class SNFS(DynamicSparseTraining):
         update_every, drop_fraction, begin_step, end_step: The schedule, see
             `DynamicSparseTraining`.
         momentum: Float in (0, 1), defaults to 0.9.
-        **schedule: `drop_schedule`, `redistribution`, `layers`, `optimizer`, `compiled`,
-            `check_replicas`, see
-            `DynamicSparseTraining`.
+        **schedule: `drop_schedule`, `growth_values`, `redistribution`, `layers`, `optimizer`,
+            `compiled`, `check_replicas`, see `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; or for a `momentum` out of range, or gradient
@@ -412,22 +409,20 @@ class GMP(DynamicSparseTraining):
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * rest
 
     def plan(self, weights, active):
-        sparsity = self.target_sparsity(self._step)
-        sizes = {weight.index: math.prod(weight.variable.shape) for weight in weights}
-        counts = {index: masks.num_active(size, sparsity) for index, size in sizes.items()}
-        together = [w for w in weights if w.topology.structure.shares_a_budget]
-        if self.scope == "global" and together:
-            number = masks.num_active(sum(sizes[weight.index] for weight in together), sparsity)
-            read = host if are_on_host([w.variable for w in together]) else ops.convert_to_tensor
-            shares = masks.best_together(
-                [abs(read(weight.variable)) for weight in together],
-                [read(weight.topology.mask) for weight in together],
-                number,
+        sparsity, variables = self.target_sparsity(self._step), [w.variable for w in weights]
+        if self.scope == "global":
+            read = host if are_on_host(variables) else ops.convert_to_tensor
+            counts = shared_budget(
+                [weight.topology.structure for weight in weights],
+                [abs(read(variable)) for variable in variables],
+                [read(weight.topology.mask) for weight in weights],
+                sparsity,
             )
-            counts |= {weight.index: share for weight, share in zip(together, shares)}
+        else:
+            counts = [masks.num_active(math.prod(v.shape), sparsity) for v in variables]
         return [
-            {"count": min(weight.topology.units.nearest(counts[weight.index]), now)}
-            for weight, now in zip(weights, active)
+            {"count": min(weight.topology.units.nearest(count), now)}
+            for weight, count, now in zip(weights, counts, active)
         ]
 
     def new_mask(self, weight, mask, gradient, update):
@@ -451,8 +446,8 @@ class GraNet(GMP):
         initial_sparsity: Float in [0, `final_sparsity`], where the schedule begins, defaults to
             0.5.
         drop_fraction: As in `DynamicSparseTraining`, defaults to 0.5.
-        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
-            `DynamicSparseTraining`.
+        **schedule: `drop_schedule`, `growth_values`, `layers`, `optimizer`, `compiled`,
+            `check_replicas`, see `DynamicSparseTraining`.
 
     Raises:
         ValueError: For an argument out of range; at the start of training as
@@ -525,8 +520,8 @@ class SRigL(DynamicSparseTraining):
         ablation_exclude: List of names or patterns of weights whose neurons are never ablated, such
             as the classifier's; defaults to `()`. Layers that feed no normalization should be in
             it.
-        **schedule: `drop_schedule`, `layers`, `optimizer`, `compiled`, `check_replicas`, see
-            `DynamicSparseTraining`.
+        **schedule: `drop_schedule`, `growth_values`, `layers`, `optimizer`, `compiled`,
+            `check_replicas`, see `DynamicSparseTraining`.
 
     Raises:
         ValueError: As `DynamicSparseTraining`; for a `min_salient` out of range; at the start of

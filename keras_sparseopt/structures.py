@@ -394,6 +394,31 @@ def structure_config(structure):
     return keras.saving.serialize_keras_object(structure)
 
 
+def shared_budget(structures, scores, free, sparsity):
+    """How many active weights each kernel has, where all have a sparsity together.
+
+    Their scores are ranked together; a structure that has its own number takes no part.
+
+    Args:
+        structures: List of `Structure`s.
+        scores: List of float arrays ≥ 0, one for each.
+        free: List of bool arrays of their shapes, what may be active.
+        sparsity: Float.
+
+    Returns:
+        List of ints.
+    """
+    sizes = [math.prod(score.shape) for score in scores]
+    counts = [masks.num_active(size, sparsity) for size in sizes]
+    together = [i for i, structure in enumerate(structures) if structure.shares_a_budget]
+    if together:
+        number = masks.num_active(sum(sizes[i] for i in together), sparsity)
+        chosen = [scores[i] for i in together], [free[i] for i in together]
+        for i, share in zip(together, masks.best_together(*chosen, number)):
+            counts[i] = share
+    return counts
+
+
 class Geometry(typing.NamedTuple):
     """What weights have in common whose mask updates are one compiled function.
 

@@ -18,7 +18,13 @@ from keras_sparseopt.backend import (
     host,
     is_traced,
 )
-from keras_sparseopt.structures import Geometry, Unstructured, units_of
+from keras_sparseopt.structures import (
+    Geometry,
+    Unstructured,
+    as_structure,
+    structure_config,
+    units_of,
+)
 
 # ---------------------------------------------------------------------- axes of kernels
 
@@ -230,6 +236,18 @@ class Topology:
         """`Geometry`: all that a mask update must know of the weight."""
         return Geometry(self.structure, self.neuron_axes, self.input_axes, self.skew_correction)
 
+    def get_config(self):
+        """What a file says of the mask, beside its values: dict of JSON."""
+        return {
+            "shape": list(self.variable.shape),
+            "neuron_axes": list(self.neuron_axes),
+            "input_axes": list(self.input_axes),
+            "skew_correction": self.skew_correction,
+            "name": self.name,
+            "feeds": self.feeds,
+            "structure": structure_config(self.structure),
+        }
+
     @property
     def sparsity(self):
         """Inactive fraction: float."""
@@ -249,18 +267,18 @@ class Topology:
     def _is_on_host(self):
         return are_on_host([self.variable, self.mask])
 
-    def change(self, mask):
+    def change(self, mask, grown=None):
         """Mask, weight and all slots move together.
 
         Args:
-            mask: NumPy bool array. Connections in both masks keep weight and slots. New ones
-                start at 0; dropped ones become 0.
+            mask: NumPy bool array. Connections in both masks keep weight and slots; dropped ones
+                become 0.
+            grown: Array of the weight's shape, where new ones start; `None` (default) for 0.
         """
-        weight, old = ops.convert_to_tensor(self.variable), ops.convert_to_tensor(self.mask)
-        if self._is_on_host():
-            weight = masks.masked(weight, ops.convert_to_tensor(mask & host(old)))
-        else:
-            weight = _cut(weight, old, mask)
+        move = masks.moved if self._is_on_host() else _moved
+        weight, old, new = map(ops.convert_to_tensor, (self.variable, self.mask, mask))
+        grown = None if grown is None else ops.convert_to_tensor(grown)
+        weight = move(weight, old, new, grown)
         with self.quiet():
             self.variable.assign(weight)
         self.replace_mask(mask)
@@ -353,9 +371,7 @@ def _count_moved(weight, mask):
 _count = compiled(masks.count)
 
 
-@compiled
-def _cut(weight, old, new):
-    return masks.masked(weight, ops.logical_and(old, new))
+_moved = compiled(masks.moved)
 
 
 class KeepZeros(keras.constraints.Constraint):
@@ -407,6 +423,13 @@ def attach(
     variable.constraint = KeepZeros(topology, variable.constraint)
     keras_internals.tell(variable)
     return topology
+
+
+def attach_saved(variable, mask, config):
+    """Hang a mask on a weight, as `Topology.get_config` has written it."""
+    known = "neuron_axes", "input_axes", "skew_correction", "name", "feeds"
+    structure = as_structure(config.get("structure"))
+    return attach(variable, mask, **{key: config[key] for key in known}, structure=structure)
 
 
 def detach(variable):

@@ -43,6 +43,28 @@ def test_snip_ranks_weight_times_gradient_of_all_layers_together(given):
     assert [m.tolist() for m in masks_of(model)] == [m.tolist() for m in expected]
 
 
+def test_grasp_ranks_weight_times_hessian_times_gradient():
+    model, (x, y) = mlp(), data()
+    values = [array(v).astype("float64") for v in model.weights]
+
+    def gradients(w1, b1, w2, b2):
+        hidden = np.maximum(x @ w1 + b1, 0)
+        error = (softmax((hidden @ w2 + b2) / 200) - np.eye(3)[y]) / len(x) / 200
+        return [x.T @ ((error @ w2.T) * (hidden > 0)), hidden.T @ error]
+
+    def beside(step):
+        g1, g2 = gradients(*values)
+        w1, b1, w2, b2 = values
+        return gradients(w1 + step * g1, b1, w2 + step * g2, b2)
+
+    products = [(a - b) / 2e-3 for a, b in zip(beside(1e-3), beside(-1e-3))]  # H g
+    scores = [values[0] * products[0], values[2] * products[1]]
+    assert min(s.min() for s in scores) < 0 < max(s.max() for s in scores)
+    kso.prune_at_init(model, 0.8, "grasp", (x, y), loss())
+    expected = best(scores, round(0.2 * (192 + 48)))
+    assert [m.tolist() for m in masks_of(model)] == [m.tolist() for m in expected]
+
+
 def test_synflow_conserves_flow_and_reaches_the_count_exactly():
     model = mlp()
     w1, b1, w2, _ = (np.abs(array(v)).astype("float64") for v in model.weights)
@@ -73,7 +95,7 @@ class Own(keras.Model):
         return self.out(self.dropout(keras.ops.relu(self.norm(self.hidden(a) + self.hidden(b)))))
 
 
-@pytest.mark.parametrize("method", ["snip", "synflow"])
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow"])
 @pytest.mark.parametrize(
     "sparsity, structure",
     [(0.8, None), (0.75, kso.Block(4, 1)), (0.5, kso.NM(2, 4)), (0.75, kso.ConstantFanIn())],
@@ -120,7 +142,8 @@ def test_what_is_wrong_is_said_and_nothing_changes():
     model, (x, y) = mlp(), data()
     before = [array(v) for v in model.weights]
     for arguments, message in [
-        ((0.5, "grasp"), '`method` must be "snip" or "synflow". Received: method=\'grasp\''),
+        ((0.5, "crop"), '`method` must be "snip", "grasp" or "synflow". Received: method=\'crop\''),
+        ((0.5, "grasp"), '`data` must be given for "grasp"'),
         ((0.5, "snip"), '`data` must be given for "snip"'),
         ((0.5, "snip", (x, y)), "`loss` must be a Keras loss"),
         ((0.5, "snip", x), "`data` must be a tuple"),

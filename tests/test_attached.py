@@ -559,7 +559,7 @@ def test_stateless_step_in_a_loop_of_ones_own():
         return compiled(model, kso.SparseOpt(keras.optimizers.SGD(0.05, momentum=0.9)))
 
     def method():
-        return kso.RigL(2, 0.5, end_step=7)
+        return kso.RigL(2, 0.5, end_step=7, growth_values="random")
 
     fitted = make()
     train(fitted, method=method())

@@ -189,6 +189,7 @@ WRONG_CALLS = {
     "GraNet fraction": (lambda: kso.GraNet(drop_fraction=1), "`drop_fraction` must be in [0, 1), or a Keras schedule with such values. Received: drop_fraction=1"),
     "SNFS momentum": (lambda: kso.SNFS(momentum=0), "`momentum` must be in (0, 1). Received: momentum=0"),
     "SNFS accumulation": (lambda: fit(kso.SparseOpt(SGD(0.1, gradient_accumulation_steps=2)), kso.SNFS(1)), "A moving average of dense gradients cannot be kept under gradient accumulation. Received: gradient_accumulation_steps=2"),
+    "growth values": (lambda: kso.RigL(growth_values="old"), '`growth_values` must be "zero" or "random". Received: growth_values=\'old\''),
     "drop schedule": (lambda: kso.RigL(drop_schedule="cos"), "`drop_schedule` must be one of cosine, linear, constant. Received: drop_schedule='cos'"),
     "MEST": (lambda: kso.MEST(gradient_weight=-1), "`gradient_weight` must be in [0, inf). Received: gradient_weight=-1"),
     "block": (lambda: kso.Block(0, 1), "`inputs` must be an int ≥ 1. Received: inputs=0"),

@@ -223,6 +223,46 @@ def test_redistribution_is_refused_where_it_cannot_be():
         train(kso.RigL(4, redistribution="global"), model)
 
 
+# ---------------------------------------------------------------------- growth values
+
+
+@pytest.mark.parametrize("where", [False, True])
+def test_what_grows_starts_at_random_or_at_zero(where):
+    for how in ("zero", "random"):
+        adam = kso.SparseOpt("adam")
+        method = kso.SET(4, 0.5, end_step=100, seed=3, growth_values=how, compiled=where)
+        model, before, after, _ = train(method, optimizer=adam)
+        grown = 0
+        for step in (4, 8, 12, 16):
+            for index, ((w, old, _), (v, new, _)) in enumerate(
+                zip(before[step - 1], after[step - 1])
+            ):
+                assert np.array_equal(v[old & new], w[old & new]) and not v[~new].any()
+                mean = np.abs(w[old]).mean()
+                draws = masks.random_scores(old, 3 + 2**63, index, step)
+                expected = mean * (2 * draws - 1) if how == "random" else np.zeros_like(draws)
+                fresh = new & ~old
+                np.testing.assert_allclose(v[fresh], expected[fresh], rtol=1e-4, atol=1e-8)
+                grown += np.count_nonzero(fresh)
+        assert grown > 30
+    # Not the draws that decide what grows, of which only the largest do.
+    a, b = (masks.random_scores(np.ones(10_000, bool), s, 0, 4) for s in (3, 3 + 2**63))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
+
+
+def test_slots_of_what_grows_are_zero():
+    model, (x, y) = mlp(), data()
+    compiled(model, kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9)))
+    model.fit(x, y, batch_size=8, verbose=0)
+    weight = kso.sparse_weights(model)[0]
+    (slot,), old = model.optimizer.weight_of(weight).slots, array(weight.topology.mask)
+    new = np.roll(old, 1)
+    model.optimizer.rewire(weight, new, grown=np.full(old.shape, 0.25, "float32"))
+    assert (array(weight)[new & ~old] == 0.25).all() and (new & ~old).any()
+    assert not array(slot)[new & ~old].any() and array(slot)[new & old].any()
+    assert_invariants(model)
+
+
 # ---------------------------------------------------------------------- MEST
 
 

@@ -23,8 +23,7 @@ from keras_sparseopt.backend import (
 from keras_sparseopt.checks import check_bool
 from keras_sparseopt.devices import check_optimizer, check_strategy
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
-from keras_sparseopt.structures import as_structure, structure_config
-from keras_sparseopt.topology import attach, own_constraint, topology_of
+from keras_sparseopt.topology import attach_saved, own_constraint, topology_of
 
 # What a dense gradient is before any step has written it.
 UNWRITTEN = -math.inf
@@ -268,9 +267,7 @@ class SparseOpt(WrapperOptimizer):
                 "masks from the zeros with keras_sparseopt.masks_from_zeros(model), and compile."
             )
         for saved in self._sparse.saved_topologies:
-            saved = {"structure": None, **saved}
-            saved["structure"] = as_structure(saved["structure"])
-            index, shape = saved.pop("index"), tuple(saved.pop("shape"))
+            index, shape = saved["index"], tuple(saved["shape"])
             variable = variables[index] if index < len(variables) else None
             if variable is None or tuple(variable.shape) != shape:
                 raise ValueError(
@@ -278,7 +275,7 @@ class SparseOpt(WrapperOptimizer):
                     f"{index} of shape {shape}. Received: {len(variables)} variables"
                 )
             if topology_of(variable) is None:
-                attach(variable, np.ones(shape, bool), **saved)
+                attach_saved(variable, np.ones(shape, bool), saved)
 
     def _adopt(self, index, position, variable, slots):
         topology, name = variable.topology, variable.path.replace("/", "_")
@@ -408,17 +405,18 @@ class SparseOpt(WrapperOptimizer):
             )
         return weight
 
-    def rewire(self, variable, new_mask, keeps_budget=False):
+    def rewire(self, variable, new_mask, keeps_budget=False, grown=None):
         """Change one weight's topology: mask, weight and slots together.
 
-        Connections in both masks keep weight and slots. New ones start with weight 0 and
-        slots 0; dropped ones become 0, slots included.
+        Connections in both masks keep weight and slots. New ones start with slots 0 and the
+        weight of `grown`; dropped ones become 0, slots included.
 
         Args:
             variable: Keras variable, one of `sparse_weights`.
             new_mask: Bool array of its shape.
             keeps_budget: Bool, defaults to `False`. `True` remembers the number of active weights
                 that the mask had been given before (`SRigL` leaves some of them unused).
+            grown: Array of its shape, or `None` (default) for 0.
 
         Raises:
             ValueError: If the weight is not trained by this optimizer, or the mask does not
@@ -426,7 +424,7 @@ class SparseOpt(WrapperOptimizer):
         """
         weight = self.weight_of(variable)
         mask = weight.topology.check_mask(new_mask)
-        weight.topology.change(mask)
+        weight.topology.change(mask, grown)
         if not keeps_budget:
             self.set_budget(weight.topology)
 
@@ -526,8 +524,8 @@ class SparseOpt(WrapperOptimizer):
 
         Args:
             updates: List of (`Weight`, function, numbers). The function of (weight, mask,
-                gradient, numbers) gives the new mask, a bool array of its shape; numbers is a dict
-                of ints and floats.
+                gradient, numbers) gives the new mask, a bool array of its shape, and where new
+                connections start, as in `rewire`; numbers is a dict of ints and floats.
             gradient_of: As in `inspect`.
             key: Hashable; with the same key the functions are the same for weights whose topologies
                 are alike, and compiled once for each shape.
@@ -537,14 +535,14 @@ class SparseOpt(WrapperOptimizer):
         """
         initial = self.has_not_stepped()
         changed, active, budgets = [], [], {}
-        for weight, new_mask, numbers in updates:
+        for weight, rank, numbers in updates:
             topology, has_scale = weight.topology, weight.scale is not None
             alike = topology.geometry, has_scale
             name = key, alike, initial, donates
             program = self._sparse.programs.get(name)
             if program is None:
                 program = compiled(
-                    self.mover(weight, new_mask, initial), donate=(0,) if donates else ()
+                    self.mover(weight, rank, initial), donate=(0,) if donates else ()
                 )
                 self._sparse.programs[name] = program
             moving = [weight.variable, *weight.slots, weight.explored]
@@ -576,13 +574,14 @@ class SparseOpt(WrapperOptimizer):
                 ops.stack([budgets.get(index, old) for index, old in enumerate(before)])
             )
 
-    def mover(self, weight, new_mask, initial):
+    def mover(self, weight, rank, initial):
         """A mask update of one weight as a pure function.
 
         Args:
             weight: `Weight`.
-            new_mask, initial: As in `update_compiled`; `True` before the first step, when earlier
-                masks do not count as explored.
+            rank: Function as in `update_compiled`.
+            initial: Bool, `True` before the first step, when earlier masks do not count as
+                explored.
 
         Returns:
             Function of ([weight, *slots, explored], mask, gradient, numbers) → the first two, new,
@@ -592,10 +591,10 @@ class SparseOpt(WrapperOptimizer):
         geometry, has_scale = weight.topology.geometry, weight.scale is not None
 
         def move(state, mask, gradient, numbers):
-            *moving, explored = state
-            new = new_mask(moving[0], mask, gradient, numbers)
-            survives = ops.logical_and(new, mask)
-            moving = [masks.masked(value, survives) for value in moving]
+            value, *slots, explored = state
+            new, grown = rank(value, mask, gradient, numbers)
+            moving = [masks.moved(value, mask, new, grown)]
+            moving += [masks.moved(slot, mask, new) for slot in slots]
             now = masks.packed(new)
             explored = now if initial else ops.bitwise_or(explored, now)
             scale = self.correction(new, geometry.neuron_axes) if has_scale else None
@@ -742,16 +741,7 @@ class SparseOpt(WrapperOptimizer):
             trained = keras_internals.trained_variables(self)
             position = {id(v): i for i, v in enumerate(v for v in trained if v.trainable)}
             saved = [
-                {
-                    "index": position[id(weight.variable)],
-                    "shape": list(weight.variable.shape),
-                    "neuron_axes": list(weight.topology.neuron_axes),
-                    "input_axes": list(weight.topology.input_axes),
-                    "skew_correction": weight.topology.skew_correction,
-                    "name": weight.topology.name,
-                    "feeds": weight.topology.feeds,
-                    "structure": structure_config(weight.topology.structure),
-                }
+                {"index": position[id(weight.variable)], **weight.topology.get_config()}
                 for weight in self.weights
                 if weight.topology.is_attached and weight.variable.trainable
             ]

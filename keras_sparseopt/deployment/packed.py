@@ -1,0 +1,291 @@
+"""A `.keras` file in a fraction of its size: what is 0 is not stored."""
+
+import hashlib
+import io
+import json
+import math
+import pathlib
+import re
+import tempfile
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend import host
+from keras_sparseopt.checks import check_bool
+from keras_sparseopt.conversion import check_not_training, set_mask, strip
+from keras_sparseopt.files import read_whole, write_whole
+from keras_sparseopt.topology import attach_saved, topology_of
+
+_WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
+
+
+def save_packed(model, path, include_optimizer=False):
+    """Save a sparse model in a small file, without loss.
+
+    ```
+    every array of the `.keras` file:  one bit per number, whether it is 0;  the others, byte by
+    byte (all first bytes, all second bytes, …);  both compressed
+    ```
+
+    The masks are in the file, also without the optimizer. It is written aside and renamed, and has
+    a checksum. Nothing of the model changes.
+
+    Args:
+        model: Any Keras model that `model.save("….keras")` can save.
+        path: String or `pathlib.Path` of the file, such as `"model.ksp"`.
+        include_optimizer: Bool, defaults to `False`. `True` to go on training where it stands:
+            slots, steps and how the model was compiled.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If the model is not built.
+
+    Example:
+
+    ```python
+    import pathlib
+    import tempfile
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(256)])
+    kso.sparsify(model, 0.9)
+    path = pathlib.Path(tempfile.mkdtemp()) / "model.ksp"
+    kso.save_packed(model, path)
+    assert path.stat().st_size < 0.2 * 4 * model.count_params()
+    loaded = kso.load_packed(path)
+    assert kso.sparse_weights(loaded)[0].topology.sparsity == 0.9
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    if not model.built:
+        raise ValueError(f"`model` must be built. Received: '{model.name}', which is not")
+    check_bool("include_optimizer", include_optimizer)
+    with tempfile.TemporaryDirectory() as directory:
+        saved = pathlib.Path(directory) / "model.keras"
+        model.save(saved)
+        write_whole(path, lambda file: _pack(saved, file, model, include_optimizer))
+
+
+def load_packed(path, model=None, masks=True, **options):
+    """The model that `save_packed` has saved.
+
+    Args:
+        path: String or `pathlib.Path` of the file.
+        model: Built Keras model that takes the weights, no optimizer's state; or `None` (default)
+            to make the one that was saved.
+        masks: Bool, defaults to `True`: the model has the masks that it had, and trains on under a
+            `SparseOpt`. `False` for a plain model with zeros in its weights.
+        **options: Of `keras.models.load_model`: `custom_objects`, `compile`, `safe_mode`. Without
+            `model` only.
+
+    Returns:
+        The model. Compiled only if the file was saved with `include_optimizer=True`.
+
+    Raises:
+        ValueError: If the file is damaged, cut off, of another kind, or of another model. `model`
+            has not changed then.
+
+    Example:
+
+    ```python
+    import pathlib
+    import tempfile
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((8,)), kso.SparseDense(4, sparsity=0.5)])
+    path = pathlib.Path(tempfile.mkdtemp()) / "model.ksp"
+    kso.save_packed(model, path)
+    plain = kso.load_packed(path, masks=False)
+    x = np.ones((2, 8), "float32")
+    assert np.array_equal(plain(x), model(x)) and not kso.sparse_weights(plain)
+    ```
+    """
+    check_bool("masks", masks)
+    if model is not None and options:
+        raise ValueError(f"Options are for a model that is made here. Received: {sorted(options)}")
+    with tempfile.TemporaryDirectory() as directory:
+        saved = pathlib.Path(directory) / "model.keras"
+        index, found = _unpack(path, saved)
+        if model is None:
+            model = keras.saving.load_model(saved, **options)
+            _hang(model, found)
+        else:
+            _check_fits(model, index)
+            before = [np.array(host(variable)) for variable in model.weights]
+            try:
+                if masks:
+                    _hang(model, found)
+                with keras_internals.without_optimizer(model):
+                    model.load_weights(saved)
+            except Exception:
+                for variable, value in zip(model.weights, before):
+                    variable.assign(value)
+                raise
+            return model
+    return model if masks else strip(model)
+
+
+def _hang(model, found):
+    """Masks on the weights that have none yet; those that have one get it."""
+    variables = model.weights
+    new = [(config, mask) for config, mask in found if not topology_of(variables[config["index"]])]
+    if new:
+        check_not_training(model)
+    for config, mask in found:
+        variable = variables[config["index"]]
+        if topology_of(variable) is None:
+            attach_saved(variable, mask, config).belong_to(model)
+        else:
+            set_mask(variable, mask)
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def _signature(model):
+    """What must be equal for a file to be of a model; Keras numbers names on through a process."""
+    return [
+        [
+            re.sub(r"_\d+(?=_|$)", "", v.name),
+            list(v.shape),
+            keras.backend.standardize_dtype(v.dtype),
+        ]
+        for v in model.weights
+    ]
+
+
+def _check_fits(model, index):
+    mine, others = _signature(model), index["weights"]
+    if mine != others:
+        different = [pair for pair in zip(mine, others) if pair[0] != pair[1]]
+        text = (
+            f"{len(others)} weights for {len(mine)}"
+            if not different
+            else (f"{different[0][1]} for {different[0][0]}")
+        )
+        raise ValueError(f"`path` must be the file of such a model. Received: {text}")
+
+
+class _Blobs:
+    """Arrays of bytes in an archive, each of the same content once."""
+
+    def __init__(self, archive):
+        self._archive = archive
+        self._names: dict = {}
+
+    def add(self, array):
+        content = np.ascontiguousarray(array).tobytes()
+        key = hashlib.sha256(content).digest()
+        if key not in self._names:
+            self._names[key] = f"numbers/{len(self._names)}"
+            self._archive.writestr(self._names[key], content)
+        return self._names[key]
+
+
+def _pack(saved, file, model, include_optimizer):
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as target:
+        blobs, arrays = _Blobs(target), list[dict]()
+        for name in source.namelist():
+            content = source.read(name)
+            if name == _WEIGHTS:
+                skeleton = io.BytesIO()
+                with h5py.File(io.BytesIO(content)) as old, h5py.File(skeleton, "w") as new:
+                    if not include_optimizer and "optimizer" in old:
+                        names = [key for key in old if key != "optimizer"]
+                    else:
+                        names = list(old)
+                    _take_out(old, new, names, blobs, arrays)
+                content = skeleton.getvalue()
+            elif name == "config.json" and not include_optimizer:
+                content = json.dumps({**json.loads(content), "compile_config": None}).encode()
+            target.writestr(name, content)
+        attached = [
+            {
+                "index": i,
+                **variable.topology.get_config(),
+                "mask": blobs.add(np.packbits(host(variable.topology.mask))),
+            }
+            for i, variable in enumerate(model.weights)
+            if topology_of(variable) is not None and variable.topology.is_attached
+        ]
+        index = {"weights": _signature(model), "arrays": arrays, "masks": attached}
+        target.writestr(_INDEX, json.dumps(index))
+
+
+def _take_out(old, new, names, blobs, arrays):
+    """Copy a group of an HDF5 file without its numbers, which become blobs."""
+    new.attrs.update(old.attrs)
+    for name in names:
+        item = old[name]
+        if isinstance(item, h5py.Group):
+            _take_out(item, new.create_group(name), list(item), blobs, arrays)
+        elif item.dtype.kind not in "biufc" or not item.size:
+            old.copy(name, new)
+        else:
+            new.create_dataset(name, item.shape, item.dtype).attrs.update(item.attrs)
+            arrays.append({"name": f"{new.name}/{name}", **_split(item[()], blobs)})
+
+
+def _split(array, blobs):
+    """Which numbers are not 0 (by their bits: −0 is not), and the bytes of those."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == bool:
+        return {"bits": blobs.add(np.packbits(array))}
+    numbers = array.reshape(-1, 1).view("uint8")
+    some = numbers.any(axis=1)
+    if np.count_nonzero(~some) * 8 * array.itemsize < array.size:  # the bits would take more
+        return {"bytes": blobs.add(numbers.T)}
+    return {"bits": blobs.add(np.packbits(some)), "bytes": blobs.add(numbers[some].T)}
+
+
+def _unpack(path, saved):
+    """Write the `.keras` file; what is beside it: the index, and configs with masks."""
+    try:
+        content = read_whole(path)
+        with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(saved, "w") as target:
+            index = json.loads(source.read(_INDEX))
+            for name in source.namelist():
+                if name == _WEIGHTS:
+                    whole = io.BytesIO(source.read(name))
+                    with h5py.File(whole, "r+") as weights:
+                        for array in index["arrays"]:
+                            dataset = weights[array["name"]]
+                            dataset[...] = _joined(array, dataset, source)
+                    target.writestr(name, whole.getvalue())
+                elif name != _INDEX and not name.startswith("numbers/"):
+                    target.writestr(name, source.read(name))
+            found = [
+                (config, _bits(source.read(config["mask"]), config["shape"]))
+                for config in index["masks"]
+            ]
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"`path` must be a whole file of save_packed. Received: '{path}': {error}"
+        ) from None
+    return index, found
+
+
+def _joined(array, dataset, source):
+    if "bytes" not in array:
+        return _bits(source.read(array["bits"]), dataset.shape)
+    values = np.frombuffer(source.read(array["bytes"]), "uint8")
+    values = values.reshape(dataset.dtype.itemsize, -1).T
+    numbers = np.zeros((dataset.size, dataset.dtype.itemsize), "uint8")
+    some = slice(None)
+    if "bits" in array:
+        some = _bits(source.read(array["bits"]), (dataset.size,))
+    numbers[some] = values
+    return numbers.view(dataset.dtype).reshape(dataset.shape)
+
+
+def _bits(content, shape):
+    bits = np.unpackbits(np.frombuffer(content, "uint8"), count=math.prod(shape))
+    return bits.astype(bool).reshape(shape)

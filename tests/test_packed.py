@@ -1,0 +1,195 @@
+"""Packed files: nothing is lost, masks are there, and a bad file changes nothing."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, assert_invariants, compiled, data, masks_of
+from keras import layers
+
+import keras_sparseopt as kso
+
+
+def without_masks():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((12,)),
+            layers.Dense(64, name="hidden"),
+            layers.BatchNormalization(name="norm"),
+            layers.ReLU(),
+            kso.SparseDense(64, sparsity=0.7, seed=4, name="owned"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def network(structure=None, seed=0):
+    model = kso.sparsify(without_masks(), 0.8, seed=seed, structure=structure)
+    return compiled(model, kso.SparseOpt(keras.optimizers.SGD(0.05, momentum=0.9)))
+
+
+def train(model, first=0, last=1):
+    x, y = data()
+    model.fit(
+        x, y, batch_size=4, shuffle=False, verbose=0, initial_epoch=first, epochs=last,
+        callbacks=[kso.RigL(2, 0.5, end_step=100)],
+    )  # fmt: skip
+    return model
+
+
+def bits(values):
+    return [np.ascontiguousarray(value).tobytes() for value in values]
+
+
+def same(a, b):
+    assert bits(a.get_weights()) == bits(b.get_weights())
+    assert bits(masks_of(a)) == bits(masks_of(b))
+
+
+def test_a_packed_model_is_the_same_and_small(tmp_path):
+    model = train(network())
+    before = bits(model.get_weights())
+    kso.save_packed(model, tmp_path / "m.ksp")
+    model.save(tmp_path / "m.keras")
+    assert bits(model.get_weights()) == before and model.optimizer.built
+    loaded = kso.load_packed(tmp_path / "m.ksp")
+    same(model, loaded)
+    assert not loaded.compiled
+    for own, other in zip(kso.sparse_weights(model), kso.sparse_weights(loaded)):
+        assert own.topology.get_config() == other.topology.get_config()
+    plain = kso.load_packed(tmp_path / "m.ksp", masks=False)
+    x, _ = data()
+    assert np.array_equal(array(plain(x)), array(model(x)))
+    assert not kso.sparse_weights(plain)
+    assert all(type(layer).__module__.startswith("keras.") for layer in plain.layers)
+    wide = keras.Sequential([keras.Input((300,)), layers.Dense(300)])
+    kso.sparsify(wide, 0.9)
+    kso.save_packed(wide, tmp_path / "w.ksp")
+    wide.save(tmp_path / "w.keras")
+    assert 8 * (tmp_path / "w.ksp").stat().st_size < (tmp_path / "w.keras").stat().st_size
+
+
+def test_training_goes_on_bit_for_bit(tmp_path):
+    model = train(network())
+    kso.save_packed(model, tmp_path / "m.ksp", include_optimizer=True)
+    loaded = kso.load_packed(tmp_path / "m.ksp")
+    for one in (model, loaded):
+        train(one, 1, 3)
+        assert_invariants(one)
+    same(model, loaded)
+    assert bits(array(v) for v in model.optimizer.variables) == bits(
+        array(v) for v in loaded.optimizer.variables
+    )
+
+
+@pytest.mark.parametrize("structure", [kso.Block(4, 1), kso.ConstantFanIn()], ids=str)
+def test_it_goes_into_a_model_with_masks_or_without(structure, tmp_path):
+    model = train(network(structure=structure))
+    kso.save_packed(model, tmp_path / "m.ksp")
+    other = train(network(structure=structure, seed=9))  # its slots follow
+    assert kso.load_packed(tmp_path / "m.ksp", other) is other
+    same(model, other)
+    assert_invariants(other)
+    train(other, 1, 2)
+    plain = without_masks()
+    assert [w.topology.name for w in kso.sparse_weights(plain)] == ["owned"]
+    kso.load_packed(tmp_path / "m.ksp", plain)
+    same(model, plain)
+    assert kso.sparse_weights(plain)[0].topology.structure == structure
+    train(compiled(plain, kso.SparseOpt("sgd")))
+    # Without masks weights win in those that are there.
+    third = network(structure=structure, seed=10)
+    kso.load_packed(tmp_path / "m.ksp", third, masks=False)
+    assert bits(third.get_weights()) == bits(model.get_weights())
+
+
+class Odd(layers.Layer):
+    """Numbers that are easily lost."""
+
+    VALUES = np.array([0.0, -0.0, np.nan, np.inf, 1e-45, 3.4e38, -1.5, 0.0], "float32")
+
+    def build(self, shape):
+        def add(values, name):
+            variable = self.add_weight(
+                values.shape, "zeros", keras.backend.standardize_dtype(values.dtype),
+                trainable=False, name=name,
+            )  # fmt: skip
+            variable.assign(values)
+
+        add(np.tile(self.VALUES, 9), "odd")
+        add(np.zeros(40, "float32"), "zeros")
+        add(np.arange(-20, 20, dtype="int32"), "ints")
+        add(np.arange(41) % 3 == 0, "bools")
+        add(np.tile(np.array([0, -0.0, np.nan, 6e-8, 1], "float16"), 9), "half")
+        self.brain = self.add_weight((5,), "ones", "bfloat16", trainable=False, name="brain")
+        self.scalar = self.add_weight((), "ones", trainable=False, name="scalar")
+
+    def call(self, x):
+        return x
+
+
+def test_no_bit_is_lost(tmp_path):
+    inputs = keras.Input((12,))
+    normalized = layers.Normalization()
+    normalized.adapt(data()[0])
+    model = keras.Model(inputs, layers.Dense(3)(Odd()(normalized(inputs))))
+    kso.save_packed(model, tmp_path / "m.ksp")
+    loaded = kso.load_packed(tmp_path / "m.ksp", custom_objects={"Odd": Odd})
+    assert bits(model.get_weights()) == bits(loaded.get_weights())
+    x, _ = data()
+    assert np.array_equal(array(loaded(x)), array(model(x)))
+
+
+def test_bad_files_are_told_and_change_nothing(tmp_path):
+    model, path, bad = network(), tmp_path / "m.ksp", tmp_path / "bad.ksp"
+    kso.save_packed(model, path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    flipped = []
+    for position in rng.integers(0, len(whole), 20):
+        content = bytearray(whole)
+        content[position] ^= 1 << int(rng.integers(8))
+        flipped.append(bytes(content))
+    other = network(seed=5)
+    before = bits(other.get_weights()), bits(masks_of(other))
+    for content in (b"", b"PK", whole[:-1], whole[: len(whole) // 2], whole + b"0", *flipped):
+        bad.write_bytes(content)
+        for target in (None, other):
+            with pytest.raises(ValueError, match="`path` must be a whole file of save_packed"):
+                kso.load_packed(bad, target)
+    third = keras.Sequential([keras.Input((12,)), layers.Dense(3)])
+    with pytest.raises(ValueError, match="`path` must be the file of such a model. Received"):
+        kso.load_packed(path, third)
+    with pytest.raises(FileNotFoundError):
+        kso.load_packed(tmp_path / "none.ksp", other)
+    assert (bits(other.get_weights()), bits(masks_of(other))) == before
+
+
+def test_an_interrupted_save_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    model, path = network(), tmp_path / "m.ksp"
+    kso.save_packed(model, path)
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        kso.save_packed(model, path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.ksp"]
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    model = network()
+    for call, error, message in [
+        (lambda: kso.save_packed("model", tmp_path / "x"), TypeError, "must be a Keras model"),
+        (lambda: kso.save_packed(keras.Sequential([layers.Dense(2)]), "x"), ValueError, "be built"),
+        (lambda: kso.save_packed(model, "x", include_optimizer=1), ValueError, "must be a bool"),
+        (
+            lambda: kso.load_packed("x", model, compile=False),
+            ValueError,
+            r"Options are for a model that is made here. Received: \['compile'\]",
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
