@@ -130,8 +130,8 @@ class Variant(kso.SparseOpt):
     def correction(self, mask, neuron_axes):
         return super().correction(mask, neuron_axes) ** (2 * self.exponent)
 
-    def rewire(self, kernel, new_mask, keeps_budget=False):
-        super().rewire(kernel, new_mask, keeps_budget)
+    def rewire(self, kernel, *args):
+        super().rewire(kernel, *args)
         normalization = (self.normalization_of or {}).get(id(kernel))
         if normalization is None:
             return

@@ -22,7 +22,7 @@ from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.cost import layer_costs, summary
-from keras_sparseopt.deployment import load_packed, save_packed
+from keras_sparseopt.deployment import export_tflite, load_packed, save_packed
 from keras_sparseopt.devices import (
     assert_replicas_agree,
     fit_distributed,
@@ -77,6 +77,7 @@ __all__ = [
     "effective_gradient_flow",
     "er",
     "erk",
+    "export_tflite",
     "fit_distributed",
     "gradient_flow",
     "gradient_skew",

@@ -7,7 +7,7 @@ import pathlib
 _CHECKSUM_SIZE = hashlib.sha256().digest_size
 
 
-def write_whole(path, write):
+def write_aside(path, write):
     """Write a file that is either there as a whole or not at all.
 
     Args:
@@ -20,15 +20,24 @@ def write_whole(path, write):
         with open(unfinished, "w+b") as file:
             write(file)
             file.flush()
-            file.seek(0)
-            checksum = hashlib.file_digest(file, "sha256").digest()
-            file.seek(0, os.SEEK_END)
-            file.write(checksum)
-            file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path, write):
+    """`write_aside`, with a checksum at the end."""
+
+    def write_and_sign(file):
+        write(file)
+        file.flush()
+        file.seek(0)
+        checksum = hashlib.file_digest(file, "sha256").digest()
+        file.seek(0, os.SEEK_END)
+        file.write(checksum)
+
+    write_aside(path, write_and_sign)
 
 
 def read_whole(path):

@@ -1,5 +1,6 @@
 """After training: files, formats and layers that use the zeros."""
 
 from keras_sparseopt.deployment.packed import load_packed, save_packed
+from keras_sparseopt.deployment.tflite import export_tflite
 
-__all__ = ["load_packed", "save_packed"]
+__all__ = ["export_tflite", "load_packed", "save_packed"]

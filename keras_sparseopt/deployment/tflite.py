@@ -1,0 +1,243 @@
+"""A TFLite file whose zeros are not stored, checked before it is written."""
+
+import dataclasses
+import math
+import pathlib
+import tempfile
+import warnings
+
+import keras
+import numpy as np
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend import IS_TENSORFLOW, host
+from keras_sparseopt.checks import check_bool, check_int
+from keras_sparseopt.conversion import check_built, sparse_weights
+from keras_sparseopt.files import write_aside
+
+# How much outputs may differ, in parts of the largest one.
+_TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class TFLiteFile:
+    """What `export_tflite` has written; `print` shows it.
+
+    Attributes:
+        path: `pathlib.Path`.
+        size: Int, bytes.
+        dense_size: Int, bytes of the same model in float32 with all zeros stored.
+        stored_sparse: Dict from the name of a sparse weight to how its values are stored: `"1"`,
+            one by one, or `"4"`, in blocks of 4 inputs.
+        stored_dense: List of names of the sparse weights that are stored with their zeros.
+        largest_difference: Float, between outputs of file and model, in parts of the largest
+            output.
+    """
+
+    path: pathlib.Path
+    size: int
+    dense_size: int
+    stored_sparse: dict
+    stored_dense: list
+    largest_difference: float
+
+    def __str__(self):
+        lines = [
+            f"{self.path}: {self.size:,} bytes, {self.dense_size / self.size:.1f} × smaller than "
+            f"dense float32 ({self.dense_size:,})",
+            f"stored sparse: {len(self.stored_sparse)} weights, "
+            f"{list(self.stored_sparse.values()).count('4')} of them in blocks of 4",
+            f"largest difference to the model: {self.largest_difference:.1e}",
+        ]
+        if self.stored_dense:
+            lines.insert(2, f"stored with their zeros: {', '.join(self.stored_dense)}")
+        return "\n".join(lines)
+
+
+def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
+    """Write a `.tflite` file with the sparse weights stored sparse, for inputs of one size.
+
+    The file is run by the interpreter before it is written, and compared with the model: one that
+    computes something else is an error. How much smaller, and where it is faster: see
+    `docs/deployment.md`. The model does not change. TensorFlow backend only.
+
+    Args:
+        model: Built Keras model that `model.export` can export, with masks or plain with zeros.
+        path: String or `pathlib.Path` of the file.
+        float16: Bool, defaults to `False`. `True` stores values in half precision; they are
+            computed with in float32. Not for `Block(4, 1)`, which TFLite then computes wrongly: an
+            error.
+        batch_size: Int, examples that the file takes at a time; `None` (default) for 1, or that
+            of `inputs`.
+        inputs: A batch of inputs, of the shapes that the file shall take; they are what outputs
+            are compared on. `None` (default): of the shapes of the model's inputs, drawn from a
+            normal distribution, integers 0 or 1.
+
+    Returns:
+        `TFLiteFile`.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If the backend is not TensorFlow; for a wrong argument; if the shapes of inputs
+            are not known, and none are given; or if the file's outputs differ. Nothing is written
+            then.
+
+    Example:
+
+    ```python
+    import pathlib
+    import tempfile
+    import keras
+    import keras_sparseopt as kso
+
+    if keras.backend.backend() == "tensorflow":
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(256)])
+        kso.sparsify(model, 0.9, structure=kso.Block(4, 1))
+        file = kso.export_tflite(model, pathlib.Path(tempfile.mkdtemp()) / "model.tflite")
+        assert file.size < file.dense_size / 4
+    ```
+    """
+    check_built(model)
+    check_bool("float16", float16)
+    if not IS_TENSORFLOW:
+        raise ValueError(
+            "`export_tflite` needs TensorFlow's converter: save the model, and load and export it "
+            f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.backend.backend()}"
+        )
+    if batch_size is not None:
+        check_int("batch_size", batch_size, 1)
+        if inputs is not None:
+            raise ValueError(
+                "`batch_size` must be None with `inputs`, whose batch is taken. "
+                f"Received: batch_size={batch_size}"
+            )
+    if inputs is None:
+        inputs = _random_inputs(model, batch_size or 1)
+    inputs = keras.tree.map_structure(lambda x: np.asarray(host(x)), inputs)
+    dense, sparse = _convert(model, inputs, float16)
+    difference = _largest_difference(model, sparse, inputs, float16)
+    stored = _stored(sparse)
+    found, missing = {}, []
+    for variable in sparse_weights(model):
+        name, mask = variable.topology.name, host(variable.topology.mask)
+        nonzero = np.count_nonzero(host(variable) * mask)
+        if (mask.size, nonzero) in stored:
+            found[name] = stored[mask.size, nonzero]
+        elif nonzero < mask.size:
+            missing.append(name)
+    write_aside(path, lambda file: file.write(sparse))
+    return TFLiteFile(pathlib.Path(path), len(sparse), len(dense), found, missing, difference)
+
+
+def _random_inputs(model, batch_size):
+    functional = keras_internals.functional_of(model)
+    if functional is None or any(None in x.shape[1:] for x in functional.inputs):
+        raise ValueError(
+            "`inputs` must be given for a model whose input shapes are not known: a batch of them. "
+            "Received: inputs=None"
+        )
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        shape, dtype = (batch_size, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)
+        if "float" in dtype:
+            return rng.normal(size=shape).astype(dtype)
+        return rng.integers(0, 2, shape).astype(dtype)
+
+    return keras.tree.map_structure(draw, functional.input)
+
+
+def _names(model, inputs):
+    functional = keras_internals.functional_of(model)
+    if functional is not None:
+        return [x.name for x in functional.inputs]
+    flat = keras.tree.flatten_with_path(inputs)
+    return ["_".join(["input", *map(str, path)]) for path, _ in flat]
+
+
+def _convert(model, inputs, float16):
+    """The file with zeros stored, in float32, and the one without."""
+    import tensorflow as tf
+
+    names = iter(_names(model, inputs))
+    signature = keras.tree.map_structure(
+        lambda x: tf.TensorSpec(x.shape, x.dtype, next(names)), inputs
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        model.export(directory, format="tf_saved_model", verbose=False, input_signature=[signature])
+        converter = tf.lite.TFLiteConverter.from_saved_model(directory)
+        dense = converter.convert()
+        converter = tf.lite.TFLiteConverter.from_saved_model(directory)
+        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+        if float16:
+            converter.optimizations.append(tf.lite.Optimize.DEFAULT)
+            converter.target_spec.supported_types = [tf.float16]
+        return dense, converter.convert()
+
+
+def make_interpreter(content, threads=1):
+    """TFLite's interpreter for the bytes of a file."""
+    import tensorflow as tf
+
+    with warnings.catch_warnings():  # that it has moved to the other package
+        warnings.filterwarnings("ignore", message="(?s).*tf.lite.Interpreter is deprecated")
+        return tf.lite.Interpreter(model_content=content, num_threads=threads)
+
+
+def _largest_difference(model, content, inputs, float16):
+    run = make_interpreter(content).get_signature_runner()
+    given = dict(zip(_names(model, inputs), keras.tree.flatten(inputs)))
+    outputs, expected = run(**given), _outputs(model, inputs)
+    without = _outputs(model, keras.tree.map_structure(np.zeros_like, inputs))
+    tolerance, largest = _TOLERANCE["float16" if float16 else "float32"], 0.0
+    for name, value in expected.items():
+        difference = _relative(outputs[name], value)
+        if not difference <= tolerance:  # NaN as well
+            hint = " TFLite computes blocks of 4 wrongly in half precision: leave out `float16`."
+            raise ValueError(
+                f"The file does not compute what the model does: '{name}' differs by "
+                f"{difference:.1e} of its largest value. Nothing was written."
+                + (hint if float16 and "4" in _stored(content).values() else "")
+            )
+        if _relative(without[name], value) < 10 * tolerance:
+            warnings.warn(
+                f"'{name}' hardly depends on the inputs, so that comparing it says little. A "
+                "trained model, or real `inputs`, make a better check.",
+                stacklevel=3,
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _outputs(model, inputs):
+    """By the names that the file has for them."""
+    outputs = model(inputs, training=False)
+    if isinstance(outputs, dict):
+        return {name: host(value) for name, value in outputs.items()}
+    return {f"output_{i}": host(v) for i, v in enumerate(keras.tree.flatten(outputs))}
+
+
+def _relative(value, expected):
+    """The largest difference, in parts of the largest expected value."""
+    difference = float(np.max(np.abs(value - expected), initial=0.0))
+    return difference / max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)
+
+
+def _stored(content):
+    """Tensors that are stored sparse: (weights, nonzero weights) → how."""
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    file, found = schema.Model.GetRootAs(content, 0), {}
+    for i in range(file.SubgraphsLength()):
+        graph = file.Subgraphs(i)
+        for j in range(graph.TensorsLength()):
+            tensor = graph.Tensors(j)
+            if tensor.Sparsity() is None:
+                continue
+            values = file.Buffers(tensor.Buffer()).DataAsNumpy()
+            kinds = {schema.TensorType.FLOAT32: "float32", schema.TensorType.FLOAT16: "float16"}
+            numbers = values.view(kinds.get(tensor.Type(), "int8"))
+            size = math.prod(map(int, tensor.ShapeAsNumpy()))
+            block = "4" if tensor.Sparsity().BlockMapLength() else "1"
+            found[size, np.count_nonzero(numbers)] = block
+    return found

@@ -1,0 +1,173 @@
+"""TFLite files: small, run by the interpreter, and never wrong without a word."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, assert_invariants, compiled, data, masks_of
+from keras import layers
+
+import keras_sparseopt as kso
+from keras_sparseopt.deployment import tflite
+
+tensorflow = pytest.mark.backend("tensorflow")
+
+
+def run(path, **inputs):
+    import tensorflow as tf
+
+    with pytest.warns(UserWarning, match="deprecated"):
+        interpreter = tf.lite.Interpreter(model_path=str(path))
+    return interpreter.get_signature_runner()(**inputs)
+
+
+def network(structure=None, sparsity=0.9):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((12,), name="features"),
+            layers.Dense(128, name="hidden"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            kso.SparseDense(256, sparsity=sparsity, structure=structure, seed=1, name="owned"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+    kso.sparsify(model, sparsity, "uniform", exclude=["head"], structure=structure)
+    compiled(model, kso.SparseOpt("sgd"))
+    x, y = data()
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[kso.RigL(2, end_step=9)])
+    return model
+
+
+@tensorflow
+@pytest.mark.parametrize(
+    "structure, how, float16",
+    [(None, "1", False), (None, "1", True), (kso.Block(4, 1), "4", False)],
+    ids=str,
+)
+def test_the_file_is_small_and_computes_the_same(structure, how, float16, tmp_path):
+    model = network(structure)
+    before = [array(v) for v in model.weights], masks_of(model)
+    file = kso.export_tflite(model, tmp_path / "m.tflite", float16=float16, batch_size=8)
+    assert file.path.stat().st_size == file.size
+    dense = 4 * (12 * 128 + 128 * 256 + 256 * 3)
+    assert dense < file.dense_size < 1.2 * dense
+    assert file.size < file.dense_size / (5 if float16 else 4)
+    assert file.stored_sparse == {"hidden": how, "owned": how} and not file.stored_dense
+    x = np.random.default_rng(5).normal(size=(8, 12)).astype("float32")
+    found = run(file.path, features=x)["output_0"]
+    expected = array(model(x))
+    scale = np.abs(expected).max()
+    assert np.abs(found - expected).max() < (1e-2 if float16 else 1e-5) * scale
+    assert file.largest_difference < (1e-2 if float16 else 1e-5)
+    text = str(file)
+    assert f"{file.size:,} bytes" in text and "2 weights" in text
+    # The model is as it was, and trains on.
+    after = [array(v) for v in model.weights], masks_of(model)
+    assert all(np.array_equal(a, b) for p, q in zip(before, after) for a, b in zip(p, q))
+    model.fit(*data(), verbose=0, callbacks=[kso.RigL(2, end_step=9)])
+    assert_invariants(model)
+
+
+@tensorflow
+def test_a_weight_that_is_not_worth_it_is_named(tmp_path):
+    model = network(sparsity=0.2)
+    file = kso.export_tflite(model, tmp_path / "m.tflite")
+    assert file.stored_dense == ["hidden", "owned"] and not file.stored_sparse
+    assert "stored with their zeros: hidden, owned" in str(file)
+
+
+@tensorflow
+def test_several_inputs_and_outputs_by_name(tmp_path):
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((8,), name="a"), keras.Input((5,), dtype="int32", name="b")
+    words = layers.Flatten()(layers.Embedding(7, 4)(b))
+    x = layers.Dense(64, "relu", name="hidden")(layers.Concatenate()([a, words]))
+    outputs = {"z": layers.Dense(3)(x), "k": layers.Dense(2)(x)}
+    model = keras.Model({"a": a, "b": b}, outputs)
+    kso.sparsify(model, 0.9)
+    kso.export_tflite(model, tmp_path / "m.tflite", batch_size=2)
+    rng = np.random.default_rng(0)
+    given = {"a": rng.normal(size=(2, 8)).astype("float32"), "b": rng.integers(0, 7, (2, 5))}
+    given["b"] = given["b"].astype("int32")
+    found, expected = run(tmp_path / "m.tflite", **given), model(given)
+    for name in ("z", "k"):
+        np.testing.assert_allclose(found[name], array(expected[name]), atol=1e-5)
+
+
+class Own(keras.Model):
+    """Without a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = layers.Dense(64, "relu"), layers.Dense(3)
+
+    def call(self, inputs):
+        return self.out(self.hidden(inputs["x"]) + inputs["y"])
+
+
+@tensorflow
+def test_models_without_a_graph_need_inputs(tmp_path):
+    keras.utils.set_random_seed(0)
+    model, rng = Own(), np.random.default_rng(0)
+    inputs = {"x": rng.normal(size=(3, 12)), "y": rng.normal(size=(3, 64))}
+    inputs = {name: value.astype("float32") for name, value in inputs.items()}
+    model(inputs)
+    kso.sparsify(model, 0.9)
+    with pytest.raises(ValueError, match="`inputs` must be given for a model whose input shapes"):
+        kso.export_tflite(model, tmp_path / "m.tflite")
+    kso.export_tflite(model, tmp_path / "m.tflite", inputs=inputs)
+    found = run(tmp_path / "m.tflite", input_x=inputs["x"], input_y=inputs["y"])
+    np.testing.assert_allclose(found["output_0"], array(model(inputs)), atol=1e-5)
+
+
+@tensorflow
+def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
+    model, other = network(), network()
+    other.layers[-1].bias.assign(np.ones(3, "float32"))
+    convert = tflite._convert
+    monkeypatch.setattr(tflite, "_convert", lambda _, *arguments: convert(other, *arguments))
+    (tmp_path / "m.tflite").write_bytes(b"before")
+    with pytest.raises(ValueError, match="does not compute what the model does: 'output_0' diff"):
+        kso.export_tflite(model, tmp_path / "m.tflite")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
+    assert (tmp_path / "m.tflite").read_bytes() == b"before"
+
+
+@tensorflow
+def test_blocks_in_half_precision_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="TFLite computes blocks of 4 wrongly in half precision"):
+        kso.export_tflite(network(kso.Block(4, 1)), tmp_path / "m.tflite", float16=True)
+
+
+@tensorflow
+def test_a_check_that_says_little_says_so(tmp_path):
+    model = network()
+    head = model.get_layer("head")
+    head.kernel.assign(1e-9 * head.kernel)
+    head.bias.assign(np.ones(3, "float32"))
+    with pytest.warns(UserWarning, match="'output_0' hardly depends on the inputs"):
+        kso.export_tflite(model, tmp_path / "m.tflite")
+
+
+@tensorflow
+def test_what_is_wrong_is_said(tmp_path):
+    model, path = network(), tmp_path / "m.tflite"
+    x = data()[0]
+    for arguments, message in [
+        ({"float16": 1}, "`float16` must be a bool"),
+        ({"batch_size": 0}, "`batch_size` must be an int"),
+        ({"batch_size": 2, "inputs": x}, "`batch_size` must be None with `inputs`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kso.export_tflite(model, path, **arguments)
+    with pytest.raises(TypeError, match="must be a Keras model"):
+        kso.export_tflite("model", path)
+    assert not path.exists()
+
+
+@pytest.mark.backend("jax")
+def test_jax_is_told_the_way():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    with pytest.raises(ValueError, match="load and export it under KERAS_BACKEND=tensorflow"):
+        kso.export_tflite(model, "m.tflite")
