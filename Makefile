@@ -28,6 +28,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/structure_updates.py
 	$(BIN)/python benchmarks/block_inference.py
+	$(BIN)/python benchmarks/file_sizes.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/crash_and_resume.py
