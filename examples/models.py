@@ -156,3 +156,77 @@ def resnet50(classes=1000, image_size=224, weight_decay=0.0):
         name="classifier",
     )(x)
     return keras.Model(inputs, outputs, name="resnet50")
+
+
+def mobilenet(
+    input_shape, classes, version=1, width=1.0, activation="relu6", squeeze=False, bn_momentum=0.99
+):
+    """MobileNet whose 1×1 convolutions XNNPACK's sparse engine takes (WebAssembly, Arm).
+
+    As `keras.applications.MobileNet` and `MobileNetV2`, but padded alike on all sides where a
+    stride is 2, which that engine asks for. At small resolutions fewer of the strides are 2, so
+    that at least 4 × 4 positions stay.
+
+    Args:
+        input_shape: (height, width, 3).
+        classes: Int, number of outputs (logits).
+        version: 1: depthwise separable blocks; 2: inverted residuals with linear bottlenecks.
+        width: Float, multiplies the channels, which are rounded to multiples of 8.
+        activation: String, of Keras.
+        squeeze: Bool, squeeze-and-excite in every block.
+        bn_momentum: Momentum of the moving averages.
+    """
+    # channels, repeats, stride, expansion
+    stages = {
+        1: [(64, 1, 1, 0), (128, 2, 2, 0), (256, 2, 2, 0), (512, 6, 2, 0), (1024, 2, 2, 0)],
+        2: [(16, 1, 1, 1), (24, 2, 2, 6), (32, 3, 2, 6), (64, 4, 2, 6), (96, 3, 1, 6),
+            (160, 3, 2, 6), (320, 1, 1, 6)],
+    }[version]  # fmt: skip
+
+    def channels(number):
+        return max(8, int(number * width + 4) // 8 * 8)
+
+    def normalized(x, name, active=True):
+        x = layers.BatchNormalization(momentum=bn_momentum, name=f"{name}_bn")(x)
+        return layers.Activation(activation, name=f"{name}_activation")(x) if active else x
+
+    def pointwise(x, filters, name, active=True):
+        x = layers.Conv2D(
+            filters, 1, use_bias=False, kernel_initializer="he_normal", name=name
+        )(x)  # fmt: skip
+        return normalized(x, name, active)
+
+    def depthwise(x, stride, name):
+        if stride == 2:
+            x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
+        x = layers.DepthwiseConv2D(
+            3, stride, "same" if stride == 1 else "valid", use_bias=False, name=name
+        )(x)
+        return normalized(x, name)
+
+    def squeezed(x, name):
+        y = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_mean")(x)
+        y = layers.Conv2D(max(8, x.shape[-1] // 4), 1, activation="relu", name=f"{name}_reduce")(y)
+        y = layers.Conv2D(x.shape[-1], 1, activation="sigmoid", name=f"{name}_expand")(y)
+        return layers.Multiply(name=name)([x, y])
+
+    inputs = keras.Input(input_shape, name="image")
+    x = layers.ZeroPadding2D(1, name="stem_pad")(inputs)
+    x = normalized(layers.Conv2D(channels(32), 3, 2, use_bias=False, name="stem")(x), "stem")
+    for stage, (filters, repeats, first_stride, expansion) in enumerate(stages):
+        for block in range(repeats):
+            name = f"stage{stage + 1}_block{block + 1}"
+            stride = first_stride if block == 0 and min(x.shape[1:3]) >= 8 else 1
+            before = x
+            if expansion > 1:
+                x = pointwise(x, expansion * x.shape[-1], f"{name}_expand")
+            x = depthwise(x, stride, f"{name}_depthwise")
+            if squeeze:
+                x = squeezed(x, f"{name}_squeeze")
+            x = pointwise(x, channels(filters), f"{name}_project", active=version == 1)
+            if version == 2 and stride == 1 and before.shape[-1] == x.shape[-1]:
+                x = layers.Add(name=f"{name}_add")([before, x])
+    if version == 2:
+        x = pointwise(x, channels(1280), "top")
+    x = layers.GlobalAveragePooling2D(name="mean")(x)
+    return keras.Model(inputs, layers.Dense(classes, name="classifier")(x), name="mobilenet")

@@ -22,7 +22,12 @@ from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.cost import layer_costs, summary
-from keras_sparseopt.deployment import export_tflite, load_packed, save_packed
+from keras_sparseopt.deployment import (
+    export_tflite,
+    load_packed,
+    save_packed,
+    sparse_inference_report,
+)
 from keras_sparseopt.devices import (
     assert_replicas_agree,
     fit_distributed,
@@ -92,6 +97,7 @@ __all__ = [
     "resolve_strategy",
     "save_packed",
     "set_mask",
+    "sparse_inference_report",
     "sparse_layers",
     "sparse_weights",
     "sparsify",

@@ -29,6 +29,11 @@ def _makes_weights(layer):
     return overrides and ".preprocessing" not in type(layer).__module__
 
 
+def sublayers(layer):
+    """The layers that a layer holds."""
+    return list(layer._layers)
+
+
 def own_weights(layer):
     """The weights that a layer made itself, frozen or not, without those of its sublayers."""
     return list(layer._trainable_variables)

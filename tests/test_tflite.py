@@ -1,5 +1,9 @@
 """TFLite files: small, run by the interpreter, and never wrong without a word."""
 
+import json
+import pathlib
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from keras import layers
 import keras_sparseopt as kso
 from keras_sparseopt.deployment import tflite
 
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 tensorflow = pytest.mark.backend("tensorflow")
 
 
@@ -125,8 +130,8 @@ def test_models_without_a_graph_need_inputs(tmp_path):
 def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
     model, other = network(), network()
     other.layers[-1].bias.assign(np.ones(3, "float32"))
-    convert = tflite._convert
-    monkeypatch.setattr(tflite, "_convert", lambda _, *arguments: convert(other, *arguments))
+    convert = tflite.converted
+    monkeypatch.setattr(tflite, "converted", lambda _, *args, **kw: convert(other, *args, **kw))
     (tmp_path / "m.tflite").write_bytes(b"before")
     with pytest.raises(ValueError, match="does not compute what the model does: 'output_0' diff"):
         kso.export_tflite(model, tmp_path / "m.tflite")
@@ -171,3 +176,73 @@ def test_jax_is_told_the_way():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     with pytest.raises(ValueError, match="load and export it under KERAS_BACKEND=tensorflow"):
         kso.export_tflite(model, "m.tflite")
+
+
+# ---------------------------------------------------------------------- which engines take it
+
+
+def small(change):
+    from webassembly import changed
+
+    keras.utils.set_random_seed(0)
+    return changed(change, size=32)
+
+
+@tensorflow
+@pytest.mark.parametrize(
+    "change, taken, in_part, problem",
+    [
+        ("plain", True, False, ""),
+        ("padded on one side at the start", False, False, "Here it is 'stem': the first convolut"),
+        ("grey", False, False, "3×3 convolution of stride 2, 'valid', on 3 channels. Here"),
+        ("padded on one side", False, True, r"'depthwise1': a depthwise .*ZeroPadding2D\(1\)"),
+        ("stride in a 1×1 convolution", False, True, "'strided1': a 1×1 convolution with a stride"),
+        ("max pooling", False, True, "'pooling': MAX_POOL_2D is not an operation"),
+        ("3×3 convolution", False, True, "'wide': a 3×3 convolution of 256 channels"),
+        ("flattened", False, True, "'flatten': RESHAPE"),
+    ],
+)
+def test_the_report_names_what_breaks_the_rules(change, taken, in_part, problem):
+    """As WebAssembly has it: results/webassembly-tensorflow.json, which a benchmark writes."""
+    model = kso.sparsify(small(change), 0.9, "uniform")
+    found = kso.sparse_inference_report(model)
+    assert (found.xnnpack, found.in_part) == (taken, in_part)
+    text = "\n".join(found.problems)
+    assert bool(text) != taken and re.search(problem, text)
+    assert ("takes it" in str(found)) == taken and ("MAY BE WRONG" in str(found)) == in_part
+    rows = json.loads((RESULTS / "webassembly-tensorflow.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["network"] == change]
+    assert (row["report"], row["in part"]) == (taken, in_part)
+    assert taken == (row["ratio"] > 1.3 and row["sparse off by"] < 1e-3) or change == "max pooling"
+
+
+@tensorflow
+@pytest.mark.parametrize("options", [{}, {"version": 2, "squeeze": True}], ids=str)
+def test_the_examples_mobilenet_keeps_the_rules(options):
+    from models import mobilenet
+
+    model = mobilenet((64, 64, 3), 10, width=0.25, **options)
+    assert model.get_layer("mean").input.shape[1:3] == (4, 4)
+    found = kso.sparse_inference_report(kso.sparsify(model, 0.9, "uniform"))
+    assert found.xnnpack and not found.problems and found.zeros == pytest.approx(0.9, abs=0.01)
+
+
+@tensorflow
+def test_zeros_that_are_too_few_and_dense_layers():
+    model = kso.sparsify(small("plain"), 0.6, "uniform", exclude=["classifier"])
+    found = kso.sparse_inference_report(model)
+    assert not found.xnnpack and not found.in_part
+    assert re.search("two thirds .* must be 0: 60.0% are", found.problems[0])
+    assert found.dense_layers == {"classifier": "dense"}
+    dense = keras.Sequential([keras.Input((64,)), *(layers.Dense(64, name=n) for n in "abc")])
+    kso.sparsify(dense, 0.9, "uniform", exclude=["c"], structure={"a": kso.Block(4, 1)})
+    found = kso.sparse_inference_report(dense)
+    assert found.dense_layers == {"a": "blocks", "b": "single zeros", "c": "dense"}
+    assert "a: blocks" in str(found)
+
+
+@tensorflow
+def test_a_file_that_an_engine_would_compute_wrongly_is_warned_of(tmp_path):
+    model = kso.sparsify(small("max pooling"), 0.9, "uniform")
+    with pytest.warns(UserWarning, match="only a part of this network.*'pooling': MAX_POOL_2D"):
+        kso.export_tflite(model, tmp_path / "m.tflite")

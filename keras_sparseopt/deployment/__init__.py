@@ -1,6 +1,7 @@
 """After training: files, formats and layers that use the zeros."""
 
+from keras_sparseopt.deployment.engines import sparse_inference_report
 from keras_sparseopt.deployment.packed import load_packed, save_packed
 from keras_sparseopt.deployment.tflite import export_tflite
 
-__all__ = ["export_tflite", "load_packed", "save_packed"]
+__all__ = ["export_tflite", "load_packed", "save_packed", "sparse_inference_report"]

@@ -3,16 +3,16 @@
 import dataclasses
 import math
 import pathlib
-import tempfile
 import warnings
 
 import keras
 import numpy as np
 
-from keras_sparseopt import keras_internals
-from keras_sparseopt.backend import IS_TENSORFLOW, host
+from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool, check_int
-from keras_sparseopt.conversion import check_built, sparse_weights
+from keras_sparseopt.conversion import sparse_weights
+from keras_sparseopt.deployment.convert import check_exportable, converted, input_names
+from keras_sparseopt.deployment.engines import read_file
 from keras_sparseopt.files import write_aside
 
 # How much outputs may differ, in parts of the largest one.
@@ -97,13 +97,7 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
         assert file.size < file.dense_size / 4
     ```
     """
-    check_built(model)
     check_bool("float16", float16)
-    if not IS_TENSORFLOW:
-        raise ValueError(
-            "`export_tflite` needs TensorFlow's converter: save the model, and load and export it "
-            f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.backend.backend()}"
-        )
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
         if inputs is not None:
@@ -111,11 +105,11 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
                 "`batch_size` must be None with `inputs`, whose batch is taken. "
                 f"Received: batch_size={batch_size}"
             )
-    if inputs is None:
-        inputs = _random_inputs(model, batch_size or 1)
-    inputs = keras.tree.map_structure(lambda x: np.asarray(host(x)), inputs)
-    dense, sparse = _convert(model, inputs, float16)
+    inputs = check_exportable(model, inputs, batch_size or 1)
+    dense, sparse = converted(model, inputs, sparse=False), converted(model, inputs, float16)
     difference = _largest_difference(model, sparse, inputs, float16)
+    if not float16:
+        _warn_of_wrong_outputs(read_file(sparse, model))
     stored = _stored(sparse)
     found, missing = {}, []
     for variable in sparse_weights(model):
@@ -129,50 +123,14 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
     return TFLiteFile(pathlib.Path(path), len(sparse), len(dense), found, missing, difference)
 
 
-def _random_inputs(model, batch_size):
-    functional = keras_internals.functional_of(model)
-    if functional is None or any(None in x.shape[1:] for x in functional.inputs):
-        raise ValueError(
-            "`inputs` must be given for a model whose input shapes are not known: a batch of them. "
-            "Received: inputs=None"
+def _warn_of_wrong_outputs(found):
+    if found.in_part:
+        warnings.warn(
+            "XNNPACK's sparse engine (WebAssembly, Arm) would take only a part of this network; "
+            "such files were seen to compute wrong outputs there. Compare them on your device, "
+            f"or change what is in the way: {found.problems[0]}",
+            stacklevel=3,
         )
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        shape, dtype = (batch_size, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)
-        if "float" in dtype:
-            return rng.normal(size=shape).astype(dtype)
-        return rng.integers(0, 2, shape).astype(dtype)
-
-    return keras.tree.map_structure(draw, functional.input)
-
-
-def _names(model, inputs):
-    functional = keras_internals.functional_of(model)
-    if functional is not None:
-        return [x.name for x in functional.inputs]
-    flat = keras.tree.flatten_with_path(inputs)
-    return ["_".join(["input", *map(str, path)]) for path, _ in flat]
-
-
-def _convert(model, inputs, float16):
-    """The file with zeros stored, in float32, and the one without."""
-    import tensorflow as tf
-
-    names = iter(_names(model, inputs))
-    signature = keras.tree.map_structure(
-        lambda x: tf.TensorSpec(x.shape, x.dtype, next(names)), inputs
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        model.export(directory, format="tf_saved_model", verbose=False, input_signature=[signature])
-        converter = tf.lite.TFLiteConverter.from_saved_model(directory)
-        dense = converter.convert()
-        converter = tf.lite.TFLiteConverter.from_saved_model(directory)
-        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
-        if float16:
-            converter.optimizations.append(tf.lite.Optimize.DEFAULT)
-            converter.target_spec.supported_types = [tf.float16]
-        return dense, converter.convert()
 
 
 def make_interpreter(content, threads=1):
@@ -186,7 +144,7 @@ def make_interpreter(content, threads=1):
 
 def _largest_difference(model, content, inputs, float16):
     run = make_interpreter(content).get_signature_runner()
-    given = dict(zip(_names(model, inputs), keras.tree.flatten(inputs)))
+    given = dict(zip(input_names(model, inputs), keras.tree.flatten(inputs)))
     outputs, expected = run(**given), _outputs(model, inputs)
     without = _outputs(model, keras.tree.map_structure(np.zeros_like, inputs))
     tolerance, largest = _TOLERANCE["float16" if float16 else "float32"], 0.0

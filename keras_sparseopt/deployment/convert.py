@@ -1,0 +1,67 @@
+"""From a Keras model to the bytes of a TFLite file."""
+
+import tempfile
+
+import keras
+import numpy as np
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend import IS_TENSORFLOW, host
+from keras_sparseopt.conversion import check_built
+
+
+def check_exportable(model, inputs, batch_size=1):
+    """The inputs as NumPy arrays, drawn if there are none; or an error that says why not."""
+    check_built(model)
+    if not IS_TENSORFLOW:
+        raise ValueError(
+            "TFLite files need TensorFlow's converter: save the model, and load and export it "
+            f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.backend.backend()}"
+        )
+    if inputs is None:
+        inputs = _random_inputs(model, batch_size)
+    return keras.tree.map_structure(lambda x: np.asarray(host(x)), inputs)
+
+
+def _random_inputs(model, batch_size):
+    functional = keras_internals.functional_of(model)
+    if functional is None or any(None in x.shape[1:] for x in functional.inputs):
+        raise ValueError(
+            "`inputs` must be given for a model whose input shapes are not known: a batch of them. "
+            "Received: inputs=None"
+        )
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        shape, dtype = (batch_size, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)
+        if "float" in dtype:
+            return rng.normal(size=shape).astype(dtype)
+        return rng.integers(0, 2, shape).astype(dtype)
+
+    return keras.tree.map_structure(draw, functional.input)
+
+
+def input_names(model, inputs):
+    functional = keras_internals.functional_of(model)
+    if functional is not None:
+        return [x.name for x in functional.inputs]
+    flat = keras.tree.flatten_with_path(inputs)
+    return ["_".join(["input", *map(str, path)]) for path, _ in flat]
+
+
+def converted(model, inputs, float16=False, sparse=True):
+    """The bytes of a TFLite file, with or without its zeros."""
+    import tensorflow as tf
+
+    names = iter(input_names(model, inputs))
+    signature = keras.tree.map_structure(
+        lambda x: tf.TensorSpec(x.shape, x.dtype, next(names)), inputs
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        model.export(directory, format="tf_saved_model", verbose=False, input_signature=[signature])
+        converter = tf.lite.TFLiteConverter.from_saved_model(directory)
+        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if sparse else []
+        if float16:
+            converter.optimizations.append(tf.lite.Optimize.DEFAULT)
+            converter.target_spec.supported_types = [tf.float16]
+        return converter.convert()

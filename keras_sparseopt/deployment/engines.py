@@ -1,0 +1,354 @@
+"""Which engines will make use of a model's zeros, read off its TFLite file."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend import host
+from keras_sparseopt.deployment.convert import check_exportable, converted
+
+_UNARY = {
+    "ABS", "CEIL", "ELU", "FLOOR", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "PRELU", "RELU",
+    "RELU6", "RELU_N1_TO_1", "ROUND", "SQUARE",
+}  # fmt: skip
+_SAME, _VALID = 0, 1  # TFLite's paddings
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseInference:
+    """What `sparse_inference_report` has found; `print` shows it.
+
+    Attributes:
+        xnnpack: Bool, whether XNNPACK's sparse engine will take the network.
+        in_part: Bool, whether it would begin to, and meet something that it cannot take: the
+            outputs of such a file may be wrong.
+        zeros: Float, the share of zeros in all 1×1 kernels that it would compute with.
+        problems: List of strings: what is in its way, where, and the way out.
+        dense_layers: Dict from the name of each dense layer to `"blocks"`, which TFLite multiplies
+            without the zeros, `"single zeros"`, which only make the file smaller, or `"dense"`.
+    """
+
+    xnnpack: bool
+    in_part: bool
+    zeros: float
+    problems: list
+    dense_layers: dict
+
+    def __str__(self):
+        takes = "does not take it"
+        if self.xnnpack or self.in_part:
+            takes = "takes it" if self.xnnpack else "takes a part: OUTPUTS MAY BE WRONG THERE"
+        lines = [
+            f"XNNPACK's sparse engine (WebAssembly, Arm) {takes}; {self.zeros:.1%} of the weights "
+            "of its 1×1 convolutions are 0",
+            *(f"  {problem}" for problem in self.problems),
+        ]
+        if self.dense_layers:
+            lines.append("TFLite's kernel for dense layers in blocks of 4 inputs (x86, Arm):")
+            lines += [f"  {name}: {how}" for name, how in self.dense_layers.items()]
+        return "\n".join(lines)
+
+
+def sparse_inference_report(model, inputs=None):
+    """Say which sparse engines will take a model, and what is in the way of those that will not.
+
+    Two engines that come with TFLite compute without the zeros: XNNPACK's for 1×1 convolutions, in
+    WebAssembly and on Arm (on x86 not any more), and TFLite's own for dense layers whose masks are
+    `Block(4, 1)`. The first has rules for the whole network; one operation that breaks them turns
+    it off, silently. Worse: where the network begins by the rules and breaks them later, files with
+    weights stored sparse computed wrong outputs in WebAssembly (LiteRT.js 2.5.3), without a word.
+    Here the model is converted, and its operations are compared with the rules.
+
+    Args:
+        model: Built Keras model, as for `export_tflite`. TensorFlow backend only.
+        inputs: As for `export_tflite`.
+
+    Returns:
+        `SparseInference`.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: As `export_tflite`.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    if keras.backend.backend() == "tensorflow":
+        model = keras.Sequential([
+            keras.Input((32, 32, 3)),
+            keras.layers.Conv2D(8, 3, name="first"),
+            keras.layers.Conv2D(16, 1),
+        ])
+        kso.sparsify(model, 0.9)
+        found = kso.sparse_inference_report(model)
+        assert not found.xnnpack and "first" in found.problems[0]
+    ```
+    """
+    return read_file(converted(model, check_exportable(model, inputs)), model)
+
+
+def read_file(content, model):
+    """`SparseInference` of the bytes of a TFLite file; the model is for its layers' names."""
+    graph = _Graph(content, model)
+    problems, cluster = _cluster(graph)
+    in_part = bool(cluster and problems)
+    kernels = [graph.constant(op.inputs[1]) for op in cluster if op.kind == "CONV_2D"]
+    kernels = [kernel for kernel in kernels if kernel.shape[1:3] == (1, 1)]
+    weights = sum(kernel.size for kernel in kernels)
+    zeros = 1 - sum(np.count_nonzero(k) for k in kernels) / weights if weights else 0.0
+    if cluster and zeros <= 2 / 3:
+        in_part = False
+        problems.append(
+            "More than two thirds of the weights of all 1×1 convolutions must be 0: "
+            f"{zeros:.1%} are."
+        )
+    dense = {op.name: graph.how(op.inputs[1]) for op in graph.operations if op.kind == _DENSE}
+    return SparseInference(bool(cluster) and not problems, in_part, zeros, problems, dense)
+
+
+_DENSE = "FULLY_CONNECTED"
+
+
+# ---------------------------------------------------------------------- the rules
+
+
+def _role(op, graph):
+    """`"start"`, `"inside"` or `"end"` of what the engine takes; or why it does not."""
+    if op.kind == "CONV_2D":
+        height, width, channels = op.kernel[1:]
+        if (height, width) == (1, 1):
+            if channels != graph.shape(op.inputs[0])[-1]:
+                return "groups in a 1×1 convolution: leave them out"
+            if (op.stride, op.dilation) != ((1, 1), (1, 1)):
+                return "a 1×1 convolution with a stride: put the stride into the depthwise one"
+            return "inside" if op.pad == ((0, 0), (0, 0)) else "padding before a 1×1 convolution"
+        is_start = (height, width, channels) == (3, 3, 3) and op.stride == (2, 2)
+        if is_start and op.pad == ((1, 1), (1, 1)) and op.padding == _VALID:
+            return "start"
+        if is_start:
+            return "the first convolution must pad alike on all sides: ZeroPadding2D(1) and 'valid'"
+        return (
+            f"a {height}×{width} convolution of {channels} channels: only 1×1 and depthwise ones "
+            "after a first 3×3 one of stride 2 on 3 channels"
+        )
+    if op.kind == "DEPTHWISE_CONV_2D":
+        size = op.kernel[1]
+        if op.kernel[1:3] not in ((3, 3), (5, 5)) or op.dilation != (1, 1) or op.multiplier != 1:
+            return "a depthwise convolution must be 3×3 or 5×5, without dilation or multiplier"
+        if op.stride not in ((1, 1), (2, 2)):
+            return "a depthwise convolution must have stride 1 or 2"
+        half = ((size // 2, size // 2),) * 2
+        if op.padding == _VALID and op.pad == half:
+            return "inside"
+        if op.padding == _SAME and op.stride == (1, 1) and op.pad == ((0, 0), (0, 0)):
+            return "inside"
+        return (
+            "a depthwise convolution must pad alike on all sides: "
+            f"ZeroPadding2D({size // 2}) and 'valid' where its stride is 2"
+        )
+    if op.kind in ("ADD", "MUL"):
+        if all(len(graph.shape(i)) == 4 for i in op.inputs):
+            return "inside"
+        return f"{op.kind} must be of two tensors of rank 4"
+    if op.kind == "MEAN":
+        axes = tuple(sorted(graph.constant(op.inputs[1]).ravel().tolist()))
+        is_pooling = axes == (1, 2) and len(graph.shape(op.inputs[0])) == 4
+        return "end" if is_pooling else "a mean over other axes than height and width"
+    if op.kind in _UNARY and len(graph.shape(op.inputs[0])) == 4:
+        return "inside"
+    return f"{op.kind} is not an operation of the engine"
+
+
+_TAKEN = ("start", "inside", "end")
+
+
+def _cluster(graph):
+    """Problems, and the operations that the engine would take together."""
+    roles = {id(op): _role(op, graph) for op in graph.operations}
+    starts = [op for op in graph.operations if roles[id(op)] == "start"]
+    if not starts:
+        first = next((op for op in graph.operations if op.kind == "CONV_2D"), None)
+        where = "" if first is None else f" Here it is '{first.name}'"
+        reason = "" if first is None or roles[id(first)] in _TAKEN else f": {roles[id(first)]}"
+        return [
+            "The network must begin with ZeroPadding2D(1) and a 3×3 convolution of stride 2, "
+            f"'valid', on 3 channels.{where}{reason}."
+        ], []
+    cluster, found, problems = [], set(), {}
+    waiting = list(starts)
+    while waiting:
+        op = waiting.pop()
+        if id(op) in found:
+            continue
+        found.add(id(op))
+        cluster.append(op)
+        neighbours = []
+        if roles[id(op)] != "start":
+            neighbours += [graph.producer(i) for i in op.inputs if not graph.is_constant(i)]
+        leaves = roles[id(op)] == "end" and len(graph.shape(op.output)) != 4
+        if not leaves:
+            neighbours += graph.consumers(op.output)
+            if op.output in graph.outputs:
+                problems[op.name] = (
+                    "it is an output: let the network end with a pooling and a dense layer"
+                )
+        for other in neighbours:
+            if other is None:
+                problems[op.name] = "it reads an input of the network"
+            elif roles[id(other)] in _TAKEN:
+                waiting.append(other)
+            elif not (roles[id(op)] == "end" and other in graph.consumers(op.output)):
+                problems[other.name] = roles[id(other)]
+    order = {id(op): i for i, op in enumerate(graph.operations)}
+    cluster.sort(key=lambda op: order[id(op)])
+    return [f"'{name}': {reason}." for name, reason in problems.items()], cluster
+
+
+# ---------------------------------------------------------------------- the file
+
+
+class _Operation:
+    """One operation of the file; zero padding before a convolution is part of it."""
+
+    kernel: tuple = ()
+    stride = dilation = (1, 1)
+    multiplier = 1
+    padding = _VALID
+    pad: tuple = ((0, 0), (0, 0))
+
+    def __init__(self, kind, name, inputs, output):
+        self.kind = kind
+        self.name = name
+        self.inputs = inputs
+        self.output = output
+
+
+class _Graph:
+    """The operations of a TFLite file, without those that only unpack constants."""
+
+    def __init__(self, content, model):
+        from tensorflow.lite.python import schema_py_generated as schema
+
+        self._schema, self._file = schema, schema.Model.GetRootAs(content, 0)
+        self._graph = self._file.Subgraphs(0)
+        kinds = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+        layers = {layer.name: layer for layer in keras_internals.all_layers(model)}
+        self.outputs = set(map(int, self._graph.OutputsAsNumpy()))
+        self.operations, self._unpacked, pads = [], {}, {}
+        for i in range(self._graph.OperatorsLength()):
+            raw = self._graph.Operators(i)
+            code = self._file.OperatorCodes(raw.OpcodeIndex())
+            kind = kinds[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+            inputs = [self._source(int(j)) for j in raw.InputsAsNumpy() if j >= 0]
+            output = int(raw.Outputs(0))
+            if kind in ("DENSIFY", "DEQUANTIZE") and self.is_constant(inputs[0]):
+                self._unpacked[output] = inputs[0]
+                continue
+            op = _Operation(kind, self._layer(output, inputs, layers), inputs, output)
+            self._read_options(op, raw)
+            if kind == "PAD" and self._is_spatial(inputs[1]):
+                pads[output] = op
+            elif inputs and inputs[0] in pads and kind in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+                pad = pads[inputs[0]]
+                before = self.constant(pad.inputs[1])[1:3]
+                op.pad = tuple(tuple(map(int, side)) for side in before)
+                op.inputs = [pad.inputs[0], *inputs[1:]]
+            self.operations.append(op)
+        read = {i for op in self.operations for i in op.inputs}
+        self.operations = [
+            op for op in self.operations if not (op.output in pads and op.output not in read)
+        ]
+
+    def _source(self, tensor):
+        return self._unpacked.get(tensor, tensor)
+
+    def _is_spatial(self, tensor):
+        amounts = self.constant(tensor) if self.is_constant(tensor) else np.ones((4, 2))
+        return amounts.shape == (4, 2) and not amounts[[0, 3]].any()
+
+    def _read_options(self, op, raw):
+        kinds = {
+            "CONV_2D": self._schema.Conv2DOptions,
+            "DEPTHWISE_CONV_2D": self._schema.DepthwiseConv2DOptions,
+        }
+        if op.kind not in kinds:
+            return
+        options, table = kinds[op.kind](), raw.BuiltinOptions()
+        options.Init(table.Bytes, table.Pos)
+        op.kernel = self.shape(op.inputs[1])
+        op.stride = options.StrideH(), options.StrideW()
+        op.dilation = options.DilationHFactor(), options.DilationWFactor()
+        op.padding = options.Padding()
+        if op.kind == "DEPTHWISE_CONV_2D":
+            op.multiplier = op.kernel[3] // self.shape(op.inputs[0])[-1]
+
+    def _layer(self, output, inputs, layers):
+        """The layer that an operation comes from, by the name of its result, or by its kernel."""
+        name = self._graph.Tensors(output).Name().decode()
+        found = []
+        for part in re.split("[/;]", name):
+            for candidate in (part, re.sub(r"_\d+$", "", part)):
+                if candidate in layers and not keras_internals.sublayers(layers[candidate]):
+                    found.append(candidate)
+                    break
+        with_kernel = [x for x in found if keras_internals.own_weights(layers[x])]
+        if found or len(inputs) < 2 or not self.is_constant(inputs[1]):
+            return (with_kernel or found or [name])[0]
+        size, active = math.prod(self.shape(inputs[1])), None
+        for layer_name, layer in layers.items():
+            for variable in keras_internals.own_weights(layer):
+                if math.prod(variable.shape) == size:
+                    active = active or np.count_nonzero(self.constant(inputs[1]))
+                    if np.count_nonzero(host(variable)) == active:
+                        return layer_name
+        return name
+
+    # ------------------------------------------------------------------ tensors
+
+    def shape(self, tensor):
+        return tuple(map(int, self._graph.Tensors(tensor).ShapeAsNumpy()))
+
+    def _buffer(self, tensor):
+        return self._file.Buffers(self._graph.Tensors(tensor).Buffer())
+
+    def is_constant(self, tensor):
+        return self.is_sparse(tensor) or self._buffer(self._source(tensor)).DataLength() > 0
+
+    def is_sparse(self, tensor):
+        return self._graph.Tensors(self._source(tensor)).Sparsity() is not None
+
+    def constant(self, tensor):
+        """A constant; of one that is stored sparse the nonzero values are in no place."""
+        tensor = self._source(tensor)
+        types = {
+            self._schema.TensorType.FLOAT32: "float32",
+            self._schema.TensorType.INT32: "int32",
+            self._schema.TensorType.INT64: "int64",
+        }
+        has_values = self._buffer(tensor).DataLength() > 0  # a sparse one may have none
+        raw: np.ndarray = np.empty(0, "uint8")
+        if has_values:
+            raw = self._buffer(tensor).DataAsNumpy()
+        values = raw.view(types[self._graph.Tensors(tensor).Type()])
+        whole = np.zeros(math.prod(self.shape(tensor)), values.dtype)
+        whole[: values.size] = values
+        return whole.reshape(self.shape(tensor))
+
+    def how(self, tensor):
+        """How the kernel of a dense layer is stored."""
+        sparsity = self._graph.Tensors(self._source(tensor)).Sparsity()
+        if sparsity is None:
+            return "dense"
+        return "blocks" if sparsity.BlockMapLength() else "single zeros"
+
+    def producer(self, tensor):
+        return next((op for op in self.operations if op.output == tensor), None)
+
+    def consumers(self, tensor):
+        return [op for op in self.operations if tensor in op.inputs]
