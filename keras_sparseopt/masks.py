@@ -19,6 +19,7 @@ from keras_sparseopt.backend import compiled, host, is_traced
 MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
 _SAMPLE = 2**14
 _PIECE = 2**16
+_STRIP = 64
 _SHORT = 16
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)  # below and above every key
 
@@ -87,6 +88,10 @@ def count(mask, axes=None):
     """Active weights of a mask, as int32; along axes, which are kept."""
     if axes is None and on_host(mask):
         return np.int32(np.count_nonzero(mask))
+    if on_host(mask) and axes == tuple(range(len(axes))):  # by position: few are active
+        size = math.prod(mask.shape[len(axes) :])
+        counts = np.bincount(np.flatnonzero(mask) % size, minlength=size).astype("int32")
+        return counts.reshape((1,) * len(axes) + mask.shape[len(axes) :])
     return xp_of(mask).sum(as_int(mask), axis=axes, keepdims=axes is not None)
 
 
@@ -240,16 +245,20 @@ def _top_on_host(keys, k, axes):
     if len(axes) == 1 and keys.shape[axes[0]] <= _SHORT:
         return _top_by_comparing(keys, k, axes[0])
     others = tuple(axis for axis in range(keys.ndim) if axis not in axes)
-    order = *others, *axes
-    rows = keys.transpose(order)
-    shape = [1 if axis in axes else size for axis, size in enumerate(keys.shape)]
-    k = np.broadcast_to(k, shape).transpose(order).reshape(rows.shape[: len(others)])
-    concerned = k > 0  # often few
-    some = rows[concerned]
-    flat = some.reshape(len(some), math.prod(keys.shape[axis] for axis in axes))
-    chosen = np.zeros(rows.shape, bool)
-    chosen[concerned] = _top_of_rows(flat, k[concerned]).reshape(some.shape)
-    return chosen.transpose(np.argsort(order))
+    order = *axes, *others
+    columns = keys.transpose(order)
+    shape = columns.shape
+    columns = columns.reshape(math.prod(shape[: len(axes)]), -1)  # mostly without a copy
+    k = np.broadcast_to(k, [1 if axis in axes else size for axis, size in enumerate(keys.shape)])
+    k = k.transpose(order).ravel()
+    concerned = np.flatnonzero(k > 0)  # often few
+    rows = np.empty((concerned.size, len(columns)), keys.dtype)
+    for first in range(0, len(columns), _STRIP):  # a strip at a time stays in the cache
+        rows[:, first : first + _STRIP] = columns[first : first + _STRIP][:, concerned].T
+    row, column = np.divmod(np.flatnonzero(_top_of_rows(rows, k[concerned])), len(columns))
+    chosen = np.zeros(columns.shape, bool)
+    chosen[column, concerned[row]] = True
+    return chosen.reshape(shape).transpose(np.argsort(order))
 
 
 def _top_by_comparing(keys, k, axis):
@@ -271,12 +280,15 @@ def _top_of_rows(keys, k):
     size, most = keys.shape[1], min(int(k.max()), keys.shape[1])
     best = np.sort(np.partition(keys, size - most, axis=1)[:, size - most :], axis=1)
     threshold = np.take_along_axis(best, (most - np.minimum(k, most))[:, None], axis=1)
-    above, tied = keys > threshold, keys == threshold
-    wanted = k - np.count_nonzero(above, axis=1)
-    surplus = np.flatnonzero(np.count_nonzero(tied, axis=1) > wanted)
-    order = np.cumsum(tied[surplus], axis=1)
-    tied[surplus] &= order <= wanted[surplus, None]
-    return above | tied
+    chosen = keys >= threshold
+    surplus = np.flatnonzero(np.count_nonzero(chosen, axis=1) > k)
+    if surplus.size:
+        above, tied = (
+            compare(keys[surplus], threshold[surplus]) for compare in (np.greater, np.equal)
+        )
+        wanted = k[surplus] - np.count_nonzero(above, axis=1)
+        chosen[surplus] = above | (tied & (np.cumsum(tied, axis=1) <= wanted[:, None]))
+    return chosen
 
 
 # ---------------------------------------------------------------------- compiled

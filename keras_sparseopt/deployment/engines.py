@@ -332,10 +332,8 @@ class _Graph:
             self._schema.TensorType.INT64: "int64",
         }
         has_values = self._buffer(tensor).DataLength() > 0  # a sparse one may have none
-        raw: np.ndarray = np.empty(0, "uint8")
-        if has_values:
-            raw = self._buffer(tensor).DataAsNumpy()
-        values = raw.view(types[self._graph.Tensors(tensor).Type()])
+        raw = self._buffer(tensor).DataAsNumpy() if has_values else np.empty(0, "uint8")
+        values: np.ndarray = raw.view(types[self._graph.Tensors(tensor).Type()])
         whole = np.zeros(math.prod(self.shape(tensor)), values.dtype)
         whole[: values.size] = values
         return whole.reshape(self.shape(tensor))
