@@ -129,6 +129,8 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     # Whether the method needs the dense gradient of the step before an update.
     uses_gradient = False
+    # Whether connections grow, so that the options about that mean something.
+    grows = True
     # Whether a mask may stay below the number of active weights that it was given.
     keeps_budget = False
 
@@ -173,6 +175,17 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 '`redistribution` must be "mean", "global" or None. '
                 f"Received: redistribution={redistribution!r}"
             )
+        if not self.grows:
+            for name, value, default in (
+                ("drop_schedule", drop_schedule, "cosine"),
+                ("growth_values", growth_values, "zero"),
+                ("redistribution", redistribution, None),
+            ):
+                if value != default:
+                    raise ValueError(
+                        f"`{name}` is for methods that grow connections, which "
+                        f"{type(self).__name__} does not. Received: {name}={value!r}"
+                    )
         if redistribution == "mean" and not self.uses_gradient:
             raise ValueError(
                 f'`redistribution="mean"` needs gradients, which {type(self).__name__} does not '

@@ -7,6 +7,12 @@ import pathlib
 _CHECKSUM_SIZE = hashlib.sha256().digest_size
 
 
+def check_place(path):
+    """Raise FileNotFoundError before the work, if there is no directory for a file."""
+    if not pathlib.Path(path).parent.is_dir():
+        raise FileNotFoundError(f"`path` must be in a directory that exists. Received: '{path}'")
+
+
 def write_aside(path, write):
     """Write a file that is either there as a whole or not at all.
 

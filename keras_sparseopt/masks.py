@@ -92,7 +92,8 @@ def count(mask, axes=None):
         size = math.prod(mask.shape[len(axes) :])
         counts = np.bincount(np.flatnonzero(mask) % size, minlength=size).astype("int32")
         return counts.reshape((1,) * len(axes) + mask.shape[len(axes) :])
-    return xp_of(mask).sum(as_int(mask), axis=axes, keepdims=axes is not None)
+    total = xp_of(mask).sum(as_int(mask), axis=axes, keepdims=axes is not None)
+    return total.astype("int32") if on_host(mask) else total
 
 
 def neuron_counts(mask, neuron_axes):
@@ -240,7 +241,7 @@ def _prune_on_host(weights, mask, count):
 def _top_on_host(keys, k, axes):
     if axes is None:
         chosen = np.zeros(keys.size, bool)
-        chosen[largest(keys.ravel(), int(k))] = True
+        chosen[largest(keys.ravel(), min(max(int(k), 0), keys.size))] = True
         return chosen.reshape(keys.shape)
     if len(axes) == 1 and keys.shape[axes[0]] <= _SHORT:
         return _top_by_comparing(keys, k, axes[0])

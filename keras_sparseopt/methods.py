@@ -234,6 +234,8 @@ class Static(DynamicSparseTraining):
     ```
     """
 
+    grows = False
+
     def __init__(self, **schedule):
         super().__init__(update_every=1, drop_fraction=0.0, end_step=1, **schedule)
 
@@ -355,6 +357,8 @@ class GMP(DynamicSparseTraining):
         Zhu, Gupta, "To prune, or not to prune", 2018, arXiv 1710.01878.
     """
 
+    grows = False
+
     def __init__(
         self,
         final_sparsity=0.9,
@@ -467,6 +471,7 @@ class GraNet(GMP):
     """
 
     uses_gradient = True
+    grows = True
 
     def __init__(
         self,

@@ -213,7 +213,10 @@ def test_what_is_shared_out_adds_up_and_fits(data):
 def test_redistribution_is_refused_where_it_cannot_be():
     for make, message in [
         (lambda: kso.SET(redistribution="mean"), "needs gradients, which SET does not"),
-        (lambda: kso.GMP(redistribution="global"), "is not for GMP, which has its own budget"),
+        (lambda: kso.GraNet(redistribution="global"), "is not for GraNet, which has its own"),
+        (lambda: kso.GMP(redistribution="global"), "that grow connections, which GMP does not"),
+        (lambda: kso.GMP(drop_schedule="linear"), "`drop_schedule` is for methods that grow"),
+        (lambda: kso.Static(growth_values="random"), "`growth_values` is for methods that grow"),
         (lambda: kso.RigL(redistribution="all"), '`redistribution` must be "mean", "global"'),
     ]:
         with pytest.raises(ValueError, match=message):

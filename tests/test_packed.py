@@ -193,3 +193,51 @@ def test_what_is_wrong_is_said(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+# ---------------------------------------------------------------------- faults that a review found
+
+
+def test_a_model_that_the_file_does_not_fit_is_not_half_changed(tmp_path):
+    """Other nesting with the same weights; a mask that breaks the structure of the target's."""
+    file, dense = tmp_path / "m.ksp", layers.Dense
+
+    def flat():
+        keras.utils.set_random_seed(0)
+        return keras.Sequential([keras.Input((16,)), dense(16), dense(16, name="two"), dense(16)])
+
+    kso.save_packed(kso.sparsify(flat(), 0.5), file)
+    inner = keras.Sequential([keras.Input((16,)), dense(16), dense(16)])
+    nested = keras.Sequential([keras.Input((16,)), dense(16), inner])
+    before = bits(nested.get_weights())
+    with pytest.raises(ValueError, match="`path` must be the file of such a model. Received one"):
+        kso.load_packed(file, nested)
+    assert bits(nested.get_weights()) == before and not kso.sparse_weights(nested)
+    blocks = kso.sparsify(flat(), 0.5, structure={"two": kso.Block(4, 1)}, seed=1)
+    compiled(blocks, kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9)))
+    x = np.random.default_rng(0).normal(size=(32, 16)).astype("float32")
+    blocks.fit(x, np.zeros(32, int), batch_size=8, verbose=0)
+    before = bits(array(v) for v in blocks.variables)
+    with pytest.raises(ValueError, match=r"mask of 'two' must have the structure Block\(4, 1\)"):
+        kso.load_packed(file, blocks)
+    assert bits(array(v) for v in blocks.variables) == before
+    with pytest.raises(TypeError, match="must be a Keras model"):
+        kso.load_packed(file, "model")
+
+
+def test_a_frozen_layer_keeps_its_mask(tmp_path):
+    model = without_masks()
+    kso.sparsify(model, 0.8)
+    model.get_layer("hidden").trainable = False
+    train(compiled(model, kso.SparseOpt("sgd")))
+    kso.save_packed(model, tmp_path / "m.ksp", include_optimizer=True)
+    loaded = kso.load_packed(tmp_path / "m.ksp")
+    same(model, loaded)
+    assert not loaded.get_layer("hidden").trainable
+    train(loaded, 1, 2)
+    assert not kso.sparse_weights(kso.load_packed(tmp_path / "m.ksp", masks=False))
+
+
+def test_a_directory_that_is_not_there_is_told_first(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`path` must be in a directory that exists"):
+        kso.save_packed(network(), tmp_path / "no" / "m.ksp")

@@ -193,7 +193,12 @@ def small(change):
     "change, taken, in_part, problem",
     [
         ("plain", True, False, ""),
-        ("padded on one side at the start", False, False, "Here it is 'stem': the first convolut"),
+        (
+            "padded on one side at the start",
+            False,
+            False,
+            "Here the first one is 'stem': the first co",
+        ),
         ("grey", False, False, "3×3 convolution of stride 2, 'valid', on 3 channels. Here"),
         ("padded on one side", False, True, r"'depthwise1': a depthwise .*ZeroPadding2D\(1\)"),
         ("stride in a 1×1 convolution", False, True, "'strided1': a 1×1 convolution with a stride"),
@@ -246,3 +251,73 @@ def test_a_file_that_an_engine_would_compute_wrongly_is_warned_of(tmp_path):
     model = kso.sparsify(small("max pooling"), 0.9, "uniform")
     with pytest.warns(UserWarning, match="only a part of this network.*'pooling': MAX_POOL_2D"):
         kso.export_tflite(model, tmp_path / "m.tflite")
+
+
+# ---------------------------------------------------------------------- faults that a review found
+
+
+@tensorflow
+def test_inputs_by_name_for_a_model_of_a_list(tmp_path):
+    keras.utils.set_random_seed(0)
+    z, a = keras.Input((8,), name="z"), keras.Input((8,), name="a")
+    model = keras.Model([z, a], layers.Dense(32)(z) + 2 * layers.Dense(32)(a))
+    kso.sparsify(model, 0.8)
+    rng = np.random.default_rng(0)
+    given = {name: rng.normal(size=(2, 8)) for name in ("z", "a")}  # float64
+    kso.export_tflite(model, tmp_path / "m.tflite", inputs=given)
+    given = {name: value.astype("float32") for name, value in given.items()}
+    found = run(tmp_path / "m.tflite", **given)["output_0"]
+    np.testing.assert_allclose(found, array(model([given["z"], given["a"]])), atol=1e-5)
+    for wrong in ({"z": given["z"]}, given["z"]):
+        with pytest.raises(ValueError, match="`inputs` must be as those of the model"):
+            kso.export_tflite(model, tmp_path / "m.tflite", inputs=wrong)
+
+
+@tensorflow
+def test_other_types_neither_stop_the_report_nor_the_check(tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((16,))
+    y = layers.Dense(4)(layers.Dense(64, name="hidden")(inputs))
+    positive = keras.ops.logical_and(y > 0, np.array([True, False, True, True]))
+    model = kso.sparsify(keras.Model(inputs, [y, positive]), 0.8)
+    assert "hidden" in kso.export_tflite(model, tmp_path / "m.tflite").stored_sparse
+
+
+@tensorflow
+def test_equal_layers_keep_their_names():
+    keras.utils.set_random_seed(0)
+    names = ["one", "two", "three"]
+    model = keras.Sequential([keras.Input((64,)), *(layers.Dense(64, name=n) for n in names)])
+    kso.sparsify(model, 0.875, "uniform", structure={"two": kso.Block(4, 1)})
+    found = kso.sparse_inference_report(model).dense_layers
+    assert found == {"one": "single zeros", "two": "blocks", "three": "single zeros"}
+
+
+@tensorflow
+def test_weights_whose_zeros_grew_are_found(tmp_path):
+    """A value that half precision makes 0, a scale of 0 that is folded, a model without masks."""
+    model = network()
+    hidden = model.get_layer("hidden").kernel
+    values = array(hidden)
+    values[tuple(np.argwhere(values)[0])] = 1e-9
+    hidden.assign(values)
+    file = kso.export_tflite(model, tmp_path / "m.tflite", float16=True)
+    assert set(file.stored_sparse) == {"hidden", "owned"} and not file.stored_dense
+    norm = model.layers[1]
+    norm.gamma.assign(np.where(np.arange(128) < 3, 0, array(norm.gamma)))
+    assert not kso.export_tflite(model, tmp_path / "m.tflite").stored_dense
+    file = kso.export_tflite(kso.strip(model), tmp_path / "m.tflite")
+    assert len(file.stored_sparse) == 2
+
+
+@tensorflow
+def test_a_depthwise_layer_is_named_not_its_normalization():
+    x = inputs = keras.Input((32, 32, 3))
+    x = layers.Conv2D(16, 3, 2, name="stem")(layers.ZeroPadding2D(1)(x))
+    x = layers.DepthwiseConv2D(3, padding="same", dilation_rate=2, name="dilated")(x)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(64, 1)(x))
+    model = kso.sparsify(keras.Model(inputs, layers.Dense(4)(x)), 0.9, "uniform")
+    found = kso.sparse_inference_report(model)
+    assert found.in_part and found.zeros == 0 and "two thirds" not in str(found)
+    assert "'dilated'" in found.problems[0] or "dilat" in str(found)

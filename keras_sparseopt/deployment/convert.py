@@ -18,17 +18,36 @@ def check_exportable(model, inputs, batch_size=1):
             "TFLite files need TensorFlow's converter: save the model, and load and export it "
             f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.backend.backend()}"
         )
-    if inputs is None:
-        inputs = _random_inputs(model, batch_size)
-    return keras.tree.map_structure(lambda x: np.asarray(host(x)), inputs)
-
-
-def _random_inputs(model, batch_size):
     functional = keras_internals.functional_of(model)
-    if functional is None or any(None in x.shape[1:] for x in functional.inputs):
+    if inputs is None:
+        return _random_inputs(functional, batch_size)
+    inputs = keras.tree.map_structure(lambda x: np.asarray(host(x)), inputs)
+    if functional is None:
+        floatx = keras.config.floatx()
+        return keras.tree.map_structure(
+            lambda x: x.astype(floatx) if x.dtype == "float64" else x, inputs
+        )
+    wanted = functional.input
+    try:
+        if isinstance(inputs, dict) and not isinstance(wanted, dict):  # by name, as Keras takes it
+            inputs = keras.tree.map_structure(lambda t: inputs[t.name], wanted)
+        return keras.tree.map_structure(
+            lambda t, x: x.astype(keras.backend.standardize_dtype(t.dtype)), wanted, inputs
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            "`inputs` must be given for a model whose input shapes are not known: a batch of them. "
-            "Received: inputs=None"
+            f"`inputs` must be as those of the model, {wanted}. Received: {error}"
+        ) from None
+
+
+def _random_inputs(functional, batch_size):
+    known = functional is not None and not any(
+        None in x.shape[1:] or x.dtype == "string" for x in functional.inputs
+    )
+    if not known:
+        raise ValueError(
+            "`inputs` must be given for a model whose input shapes are not known, or that reads "
+            "strings: a batch of them. Received: inputs=None"
         )
     rng = np.random.default_rng(0)
 
@@ -42,9 +61,10 @@ def _random_inputs(model, batch_size):
 
 
 def input_names(model, inputs):
+    """What the file calls its inputs, flattened."""
     functional = keras_internals.functional_of(model)
     if functional is not None:
-        return [x.name for x in functional.inputs]
+        return [x.name for x in keras.tree.flatten(functional.input)]
     flat = keras.tree.flatten_with_path(inputs)
     return ["_".join(["input", *map(str, path)]) for path, _ in flat]
 

@@ -101,18 +101,26 @@ def read_file(content, model):
     kernels = [graph.constant(op.inputs[1]) for op in cluster if op.kind == "CONV_2D"]
     kernels = [kernel for kernel in kernels if kernel.shape[1:3] == (1, 1)]
     weights = sum(kernel.size for kernel in kernels)
-    zeros = 1 - sum(np.count_nonzero(k) for k in kernels) / weights if weights else 0.0
-    if cluster and zeros <= 2 / 3:
+    zeros = 1 - sum(map(np.count_nonzero, kernels)) / weights if weights else 0.0
+    if cluster and not weights:
+        problems.append("It would take no 1×1 convolution.")
+    elif cluster and zeros <= 2 / 3:
         in_part = False
         problems.append(
             "More than two thirds of the weights of all 1×1 convolutions must be 0: "
             f"{zeros:.1%} are."
         )
-    dense = {op.name: graph.how(op.inputs[1]) for op in graph.operations if op.kind == _DENSE}
-    return SparseInference(bool(cluster) and not problems, in_part, zeros, problems, dense)
+    dense = dict[str, str]()
+    for op in graph.operations:
+        if op.kind == _DENSE and graph.is_constant(op.inputs[1]):
+            same = sum(name.partition(" (")[0] == op.name for name in dense)
+            name = f"{op.name} ({same + 1})" if same else op.name  # nested models have such names
+            dense[name] = graph.how(op.inputs[1])
+    return SparseInference(bool(cluster) and not problems, in_part, float(zeros), problems, dense)
 
 
 _DENSE = "FULLY_CONNECTED"
+_WITH_KERNEL = ("CONV_2D", "DEPTHWISE_CONV_2D", _DENSE)
 
 
 # ---------------------------------------------------------------------- the rules
@@ -165,6 +173,10 @@ def _role(op, graph):
     return f"{op.kind} is not an operation of the engine"
 
 
+def _kernels(layer):
+    return [v for v in keras_internals.own_weights(layer) if len(v.shape) > 1]
+
+
 _TAKEN = ("start", "inside", "end")
 
 
@@ -174,11 +186,11 @@ def _cluster(graph):
     starts = [op for op in graph.operations if roles[id(op)] == "start"]
     if not starts:
         first = next((op for op in graph.operations if op.kind == "CONV_2D"), None)
-        where = "" if first is None else f" Here it is '{first.name}'"
+        where = "" if first is None else f" Here the first one is '{first.name}'"
         reason = "" if first is None or roles[id(first)] in _TAKEN else f": {roles[id(first)]}"
         return [
             "The network must begin with ZeroPadding2D(1) and a 3×3 convolution of stride 2, "
-            f"'valid', on 3 channels.{where}{reason}."
+            f"'valid', on 3 channels.{where}{reason}{'.' if where else ''}"
         ], []
     cluster, found, problems = [], set(), {}
     waiting = list(starts)
@@ -240,7 +252,7 @@ class _Graph:
         kinds = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
         layers = {layer.name: layer for layer in keras_internals.all_layers(model)}
         self.outputs = set(map(int, self._graph.OutputsAsNumpy()))
-        self.operations, self._unpacked, pads = [], {}, {}
+        self.operations, self._unpacked, self._used, pads = [], {}, set(), {}
         for i in range(self._graph.OperatorsLength()):
             raw = self._graph.Operators(i)
             code = self._file.OperatorCodes(raw.OpcodeIndex())
@@ -250,7 +262,7 @@ class _Graph:
             if kind in ("DENSIFY", "DEQUANTIZE") and self.is_constant(inputs[0]):
                 self._unpacked[output] = inputs[0]
                 continue
-            op = _Operation(kind, self._layer(output, inputs, layers), inputs, output)
+            op = _Operation(kind, self._layer(kind, output, inputs, layers), inputs, output)
             self._read_options(op, raw)
             if kind == "PAD" and self._is_spatial(inputs[1]):
                 pads[output] = op
@@ -288,7 +300,7 @@ class _Graph:
         if op.kind == "DEPTHWISE_CONV_2D":
             op.multiplier = op.kernel[3] // self.shape(op.inputs[0])[-1]
 
-    def _layer(self, output, inputs, layers):
+    def _layer(self, kind, output, inputs, layers):
         """The layer that an operation comes from, by the name of its result, or by its kernel."""
         name = self._graph.Tensors(output).Name().decode()
         found = []
@@ -297,17 +309,26 @@ class _Graph:
                 if candidate in layers and not keras_internals.sublayers(layers[candidate]):
                     found.append(candidate)
                     break
-        with_kernel = [x for x in found if keras_internals.own_weights(layers[x])]
-        if found or len(inputs) < 2 or not self.is_constant(inputs[1]):
+        with_kernel = [x for x in found if _kernels(layers[x])]
+        if with_kernel or found or kind not in _WITH_KERNEL or not self._is_float(inputs[1]):
             return (with_kernel or found or [name])[0]
-        size, active = math.prod(self.shape(inputs[1])), None
-        for layer_name, layer in layers.items():
-            for variable in keras_internals.own_weights(layer):
-                if math.prod(variable.shape) == size:
-                    active = active or np.count_nonzero(self.constant(inputs[1]))
-                    if np.count_nonzero(host(variable)) == active:
-                        return layer_name
-        return name
+        return self._layer_of_kernel(inputs[1], layers) or name
+
+    def _layer_of_kernel(self, tensor, layers):
+        """The layer whose kernel has these values, in whatever order; each layer once."""
+        values = np.sort(self.constant(tensor).ravel())
+        for name, layer in layers.items():
+            if name not in self._used and any(
+                v.size == values.size and np.array_equal(np.sort(v.ravel()), values)
+                for v in map(host, _kernels(layer))
+            ):
+                self._used.add(name)
+                return name
+        return None
+
+    def _is_float(self, tensor):
+        kind = self._graph.Tensors(self._source(tensor)).Type()
+        return self.is_constant(tensor) and kind == self._schema.TensorType.FLOAT32
 
     # ------------------------------------------------------------------ tensors
 

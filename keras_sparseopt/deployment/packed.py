@@ -5,7 +5,6 @@ import io
 import json
 import math
 import pathlib
-import re
 import tempfile
 import zipfile
 
@@ -16,8 +15,8 @@ import numpy as np
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool
-from keras_sparseopt.conversion import check_not_training, set_mask, strip
-from keras_sparseopt.files import read_whole, write_whole
+from keras_sparseopt.conversion import check_built, check_not_training, set_mask, strip
+from keras_sparseopt.files import check_place, read_whole, write_whole
 from keras_sparseopt.topology import attach_saved, topology_of
 
 _WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
@@ -38,7 +37,8 @@ def save_packed(model, path, include_optimizer=False):
         model: Any Keras model that `model.save("….keras")` can save.
         path: String or `pathlib.Path` of the file, such as `"model.ksp"`.
         include_optimizer: Bool, defaults to `False`. `True` to go on training where it stands:
-            slots, steps and how the model was compiled.
+            slots, steps and how the model was compiled. Random generators of layers (Dropout)
+            begin anew, as with `.keras`; `BackupAndRestore` brings those back, too.
 
     Raises:
         TypeError: If `model` is not a Keras model.
@@ -61,10 +61,8 @@ def save_packed(model, path, include_optimizer=False):
     assert round(weight.topology.sparsity, 3) == 0.9
     ```
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    if not model.built:
-        raise ValueError(f"`model` must be built. Received: '{model.name}', which is not")
+    check_built(model)
+    check_place(path)
     check_bool("include_optimizer", include_optimizer)
     with tempfile.TemporaryDirectory() as directory:
         saved = pathlib.Path(directory) / "model.keras"
@@ -77,8 +75,8 @@ def load_packed(path, model=None, masks=True, **options):
 
     Args:
         path: String or `pathlib.Path` of the file.
-        model: Built Keras model that takes the weights, no optimizer's state; or `None` (default)
-            to make the one that was saved.
+        model: Built Keras model of the same layers that takes the weights, no optimizer's state;
+            or `None` (default) to make the one that was saved.
         masks: Bool, defaults to `True`: the model has the masks that it had, and trains on under a
             `SparseOpt`. `False` for a plain model with zeros in its weights.
         **options: Of `keras.models.load_model`: `custom_objects`, `compile`, `safe_mode`. Without
@@ -109,69 +107,77 @@ def load_packed(path, model=None, masks=True, **options):
     ```
     """
     check_bool("masks", masks)
-    if model is not None and options:
-        raise ValueError(f"Options are for a model that is made here. Received: {sorted(options)}")
+    if model is not None:
+        check_built(model)
+        if options:
+            raise ValueError(
+                f"Options are for a model that is made here. Received: {sorted(options)}"
+            )
     with tempfile.TemporaryDirectory() as directory:
         saved = pathlib.Path(directory) / "model.keras"
-        index, found = _unpack(path, saved)
-        if model is None:
-            model = keras.saving.load_model(saved, **options)
-            _hang(model, found)
+        found = _unpack(path, saved)
+        if model is not None:
+            return _load_into(model, saved, found if masks else [])
+        model = keras.saving.load_model(saved, **options)
+        if not masks:
+            return strip(model)
+        _hang(model, found)  # the optimizer brings back the masks of what it trains
+        return model
+
+
+def _load_into(model, saved, found):
+    """Everything is checked before anything changes."""
+    _check_fits(model, saved)
+    for variable, mask in ((model.weights[config["index"]], mask) for config, mask in found):
+        if topology_of(variable) is None:
+            check_not_training(model)
         else:
-            _check_fits(model, index)
-            before = [np.array(host(variable)) for variable in model.weights]
-            try:
-                if masks:
-                    _hang(model, found)
-                with keras_internals.without_optimizer(model):
-                    model.load_weights(saved)
-            except Exception:
-                for variable, value in zip(model.weights, before):
-                    variable.assign(value)
-                raise
-            return model
-    return model if masks else strip(model)
+            variable.topology.check_mask(mask, is_final=True)
+    for config, mask in found:
+        if topology_of(model.weights[config["index"]]) is not None:
+            set_mask(model.weights[config["index"]], mask)
+    _hang(model, found)
+    with keras_internals.without_optimizer(model):
+        model.load_weights(saved)
+    return model
 
 
 def _hang(model, found):
-    """Masks on the weights that have none yet; those that have one get it."""
-    variables = model.weights
-    new = [(config, mask) for config, mask in found if not topology_of(variables[config["index"]])]
-    if new:
-        check_not_training(model)
     for config, mask in found:
-        variable = variables[config["index"]]
+        variable = model.weights[config["index"]]
         if topology_of(variable) is None:
             attach_saved(variable, mask, config).belong_to(model)
-        else:
-            set_mask(variable, mask)
+
+
+def _check_fits(model, saved):
+    """Whether Keras will find every array of the model in the file, and no other."""
+    with tempfile.TemporaryDirectory() as directory, keras_internals.without_optimizer(model):
+        own = pathlib.Path(directory) / "own.weights.h5"
+        model.save_weights(own)
+        mine = _shapes(own.read_bytes())
+    with zipfile.ZipFile(saved) as file:
+        theirs = _shapes(file.read(_WEIGHTS))
+    if mine != theirs:
+        different = sorted(set(mine.items()) ^ set(theirs.items()))
+        raise ValueError(
+            "`path` must be the file of such a model. Received one that differs in "
+            + ", ".join(f"{name} {shape}" for name, shape in different[:4])
+        )
+
+
+def _shapes(content):
+    found = {}
+
+    def see(name, item):
+        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer/"):
+            found[name] = item.shape
+
+    with h5py.File(io.BytesIO(content)) as file:
+        file.visititems(see)
+    return found
 
 
 # ---------------------------------------------------------------------- the file
-
-
-def _signature(model):
-    """What must be equal for a file to be of a model; Keras numbers names on through a process."""
-    return [
-        [
-            re.sub(r"_\d+(?=_|$)", "", v.name),
-            list(v.shape),
-            keras.backend.standardize_dtype(v.dtype),
-        ]
-        for v in model.weights
-    ]
-
-
-def _check_fits(model, index):
-    mine, others = _signature(model), index["weights"]
-    if mine != others:
-        different = [pair for pair in zip(mine, others) if pair[0] != pair[1]]
-        text = (
-            f"{len(others)} weights for {len(mine)}"
-            if not different
-            else (f"{different[0][1]} for {different[0][0]}")
-        )
-        raise ValueError(f"`path` must be the file of such a model. Received: {text}")
 
 
 class _Blobs:
@@ -216,7 +222,7 @@ def _pack(saved, file, model, include_optimizer):
             for i, variable in enumerate(model.weights)
             if topology_of(variable) is not None and variable.topology.is_attached
         ]
-        index = {"weights": _signature(model), "arrays": arrays, "masks": attached}
+        index = {"arrays": arrays, "masks": attached}
         target.writestr(_INDEX, json.dumps(index))
 
 
@@ -247,7 +253,7 @@ def _split(array, blobs):
 
 
 def _unpack(path, saved):
-    """Write the `.keras` file; what is beside it: the index, and configs with masks."""
+    """Write the `.keras` file; the attached masks: list of config and array."""
     try:
         content = read_whole(path)
         with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(saved, "w") as target:
@@ -270,7 +276,7 @@ def _unpack(path, saved):
         raise ValueError(
             f"`path` must be a whole file of save_packed. Received: '{path}': {error}"
         ) from None
-    return index, found
+    return found
 
 
 def _joined(array, dataset, source):

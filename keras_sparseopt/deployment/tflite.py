@@ -10,10 +10,10 @@ import numpy as np
 
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool, check_int
-from keras_sparseopt.conversion import sparse_weights
 from keras_sparseopt.deployment.convert import check_exportable, converted, input_names
 from keras_sparseopt.deployment.engines import read_file
-from keras_sparseopt.files import write_aside
+from keras_sparseopt.files import check_place, write_aside
+from keras_sparseopt.topology import topology_of
 
 # How much outputs may differ, in parts of the largest one.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
@@ -27,9 +27,9 @@ class TFLiteFile:
         path: `pathlib.Path`.
         size: Int, bytes.
         dense_size: Int, bytes of the same model in float32 with all zeros stored.
-        stored_sparse: Dict from the name of a sparse weight to how its values are stored: `"1"`,
-            one by one, or `"4"`, in blocks of 4 inputs.
-        stored_dense: List of names of the sparse weights that are stored with their zeros.
+        stored_sparse: Dict from the name of a weight that has zeros to how its values are stored:
+            `"1"`, one by one, or `"4"`, in blocks of 4 inputs.
+        stored_dense: List of names of those that are stored with their zeros.
         largest_difference: Float, between outputs of file and model, in parts of the largest
             output.
     """
@@ -105,20 +105,13 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
                 "`batch_size` must be None with `inputs`, whose batch is taken. "
                 f"Received: batch_size={batch_size}"
             )
+    check_place(path)
     inputs = check_exportable(model, inputs, batch_size or 1)
     dense, sparse = converted(model, inputs, sparse=False), converted(model, inputs, float16)
     difference = _largest_difference(model, sparse, inputs, float16)
     if not float16:
         _warn_of_wrong_outputs(read_file(sparse, model))
-    stored = _stored(sparse)
-    found, missing = {}, []
-    for variable in sparse_weights(model):
-        name, mask = variable.topology.name, host(variable.topology.mask)
-        nonzero = np.count_nonzero(host(variable) * mask)
-        if (mask.size, nonzero) in stored:
-            found[name] = stored[mask.size, nonzero]
-        elif nonzero < mask.size:
-            missing.append(name)
+    found, missing = _match(model, _stored(sparse))
     write_aside(path, lambda file: file.write(sparse))
     return TFLiteFile(pathlib.Path(path), len(sparse), len(dense), found, missing, difference)
 
@@ -155,7 +148,7 @@ def _largest_difference(model, content, inputs, float16):
             raise ValueError(
                 f"The file does not compute what the model does: '{name}' differs by "
                 f"{difference:.1e} of its largest value. Nothing was written."
-                + (hint if float16 and "4" in _stored(content).values() else "")
+                + (hint if float16 and "4" in [how for *_, how in _stored(content)] else "")
             )
         if _relative(without[name], value) < 10 * tolerance:
             warnings.warn(
@@ -177,25 +170,57 @@ def _outputs(model, inputs):
 
 def _relative(value, expected):
     """The largest difference, in parts of the largest expected value."""
+    value, expected = value.astype("float64"), expected.astype("float64")
     difference = float(np.max(np.abs(value - expected), initial=0.0))
     return difference / max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)
 
 
+def _match(model, stored):
+    """Which weights with zeros are stored sparse, and which are not.
+
+    The file has other names. What is equally large and has as many values is taken to be the same,
+    then what has fewer: folding and half precision make some of them 0.
+    """
+    weights = []
+    for variable in model.weights:
+        value, topology = host(variable), topology_of(variable)
+        if value.ndim > 1 and value.dtype != bool:
+            name = variable.path if topology is None else topology.name
+            count = np.count_nonzero(value if topology is None else value * host(topology.mask))
+            if count < value.size:
+                weights.append((name, value.size, count))
+    found = {}
+    for exact in (True, False):
+        missing = list[tuple]()
+        for name, size, count in weights:
+            fits = [s for s in stored if s[0] == size and (s[1] == count or not exact)]
+            fits = [s for s in fits if s[1] <= count]
+            if fits:
+                best = max(fits)
+                stored.remove(best)
+                found[name] = best[2]
+            else:
+                missing.append((name, size, count))
+        weights = missing
+    return found, [name for name, *_ in weights]
+
+
 def _stored(content):
-    """Tensors that are stored sparse: (weights, nonzero weights) → how."""
+    """Tensors that are stored sparse: list of their size, number of nonzero values, and how."""
     from tensorflow.lite.python import schema_py_generated as schema
 
-    file, found = schema.Model.GetRootAs(content, 0), {}
+    file, found = schema.Model.GetRootAs(content, 0), []
     for i in range(file.SubgraphsLength()):
         graph = file.Subgraphs(i)
         for j in range(graph.TensorsLength()):
             tensor = graph.Tensors(j)
             if tensor.Sparsity() is None:
                 continue
-            values = file.Buffers(tensor.Buffer()).DataAsNumpy()
+            buffer = file.Buffers(tensor.Buffer())
+            values = buffer.DataAsNumpy() if buffer.DataLength() else np.empty(0, "uint8")
             kinds = {schema.TensorType.FLOAT32: "float32", schema.TensorType.FLOAT16: "float16"}
-            numbers = values.view(kinds.get(tensor.Type(), "int8"))
+            numbers: np.ndarray = values.view(kinds.get(tensor.Type(), "int8"))
             size = math.prod(map(int, tensor.ShapeAsNumpy()))
             block = "4" if tensor.Sparsity().BlockMapLength() else "1"
-            found[size, np.count_nonzero(numbers)] = block
+            found.append((size, np.count_nonzero(numbers), block))
     return found
