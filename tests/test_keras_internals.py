@@ -111,6 +111,12 @@ def test_training():
     callback = keras.callbacks.Callback()
     callback.set_model(model)
     assert internals.model_of(callback) is model
+    optimizer = model.optimizer
+    with internals.without_optimizer(model):
+        assert model.optimizer is None
+    assert model.optimizer is optimizer
+    outer = keras.Sequential([keras.Input((4,)), model])
+    assert model in internals.sublayers(outer) and not internals.sublayers(model.layers[-1])
     internals.uncompile(model)
     assert not model.compiled and model.optimizer is None
     with contextlib.suppress(ValueError):
