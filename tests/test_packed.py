@@ -221,6 +221,12 @@ def test_a_model_that_the_file_does_not_fit_is_not_half_changed(tmp_path):
     with pytest.raises(ValueError, match=r"mask of 'two' must have the structure Block\(4, 1\)"):
         kso.load_packed(file, blocks)
     assert bits(array(v) for v in blocks.variables) == before
+    kso.save_packed(flat(), file)  # dense
+    with pytest.raises(ValueError, match="is denser than its mask"):
+        kso.load_packed(file, blocks)
+    assert bits(array(v) for v in blocks.variables) == before
+    blocks.fit(x, np.zeros(32, int), batch_size=8, verbose=0)
+    assert_invariants(blocks)
     with pytest.raises(TypeError, match="must be a Keras model"):
         kso.load_packed(file, "model")
 

@@ -1,5 +1,6 @@
 """A `.keras` file in a fraction of its size: what is 0 is not stored."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,9 +16,16 @@ import numpy as np
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool
-from keras_sparseopt.conversion import check_built, check_not_training, set_mask, strip
+from keras_sparseopt.conversion import (
+    check_built,
+    check_not_training,
+    set_mask,
+    sparse_weights,
+    strip,
+)
+from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.files import check_place, read_whole, write_whole
-from keras_sparseopt.topology import attach_saved, topology_of
+from keras_sparseopt.topology import attach_saved, detach, topology_of
 
 _WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
 
@@ -126,20 +134,40 @@ def load_packed(path, model=None, masks=True, **options):
 
 
 def _load_into(model, saved, found):
-    """Everything is checked before anything changes."""
     _check_fits(model, saved)
-    for variable, mask in ((model.weights[config["index"]], mask) for config, mask in found):
-        if topology_of(variable) is None:
-            check_not_training(model)
-        else:
-            variable.topology.check_mask(mask, is_final=True)
-    for config, mask in found:
-        if topology_of(model.weights[config["index"]]) is not None:
-            set_mask(model.weights[config["index"]], mask)
-    _hang(model, found)
-    with keras_internals.without_optimizer(model):
-        model.load_weights(saved)
+    with _unchanged_on_failure(model):
+        for config, mask in found:
+            variable = model.weights[config["index"]]
+            if topology_of(variable) is None:
+                check_not_training(model)
+            else:
+                set_mask(variable, mask)
+        _hang(model, found)
+        with keras_internals.without_optimizer(model):
+            model.load_weights(saved)
     return model
+
+
+@contextlib.contextmanager
+def _unchanged_on_failure(model):
+    had = sparse_weights(model)
+    variables = [*model.variables, *(variable.topology.mask for variable in had)]
+    for optimizer in optimizers_of(model):
+        variables += optimizer.variables
+    before = [(variable, np.array(host(variable))) for variable in variables]
+    try:
+        yield
+    except Exception:
+        known = {id(variable) for variable in had}
+        for variable in sparse_weights(model):
+            if id(variable) not in known:
+                detach(variable)
+        with contextlib.ExitStack() as stack:
+            for variable in had:
+                stack.enter_context(variable.topology.quiet())
+            for variable, value in before:
+                variable.assign(value)
+        raise
 
 
 def _hang(model, found):
