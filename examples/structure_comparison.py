@@ -23,7 +23,6 @@ import functools
 import pathlib
 import pydoc_data.topics
 import re
-import sys
 
 import digits
 import keras
@@ -207,7 +206,7 @@ def compare(record, chosen, seeds):
             twin = {**setting, "structure": "unstructured"}
             if setting in record and twin in record:
                 pairs.append([100 * record[s]["test_accuracy"][-1] for s in (setting, twin)])
-        if not pairs:
+        if len(pairs) < 2:  # no interval
             continue
         own, twins = np.array(pairs).T
         rows.append(
@@ -250,7 +249,11 @@ def picture(rows, path):
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     rows = [row for row in rows if row["skew_correction"]]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    labels = list(dict.fromkeys((row["structure"], row["sparsity"]) for row in rows))
+    order = list(STRUCTURES)
+    labels = sorted(
+        {(row["structure"], row["sparsity"]) for row in rows},
+        key=lambda label: (order.index(label[0]), label[1]),
+    )
     figure, axes = plt.subplots(
         1, len(methods), figsize=(6 * len(methods), 1.2 + 0.32 * len(labels)), sharey=True,
         squeeze=False,
@@ -258,6 +261,8 @@ def picture(rows, path):
     for axis, method in zip(axes[0], methods):
         for offset, (family, color) in enumerate(COLORS.items()):
             some = [r for r in rows if (r["method"], r["family"]) == (method, family)]
+            if not some:
+                continue
             heights = [labels.index((r["structure"], r["sparsity"])) for r in some]
             axis.errorbar(
                 [r["difference"] for r in some], np.array(heights) + 0.2 * offset - 0.3,
@@ -271,7 +276,7 @@ def picture(rows, path):
         axis.grid(axis="x", alpha=0.25)
     axes[0][0].set_yticks(range(len(labels)), [f"{name}, {s:.0%}" for name, s in labels])
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(frameon=False)
+    axes[0][0].legend(frameon=False, loc="center left")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -295,8 +300,7 @@ def main(argv=None):
     if args.quick:
         args.output, args.seeds = args.output / "quick", 2
         chosen = [{**c, "epochs": 1} for c in chosen if c["structure"] == "NM(2, 4)"]
-    command = " ".join(["python examples/structure_comparison.py", *(argv or sys.argv[1:])])
-    command = re.sub(r" --(output|jobs|data-dir|only) \S+", "", command)
+    command = "python examples/structure_comparison.py" + (" --quick" if args.quick else "")
     record = Record(args.output / "structure_comparison.json", command, DEFAULTS)
     settings = [
         {**cell, "structure": structure, "seed": seed}
