@@ -88,7 +88,8 @@ def count(mask, axes=None):
     """Active weights of a mask, as int32; along axes, which are kept."""
     if axes is None and on_host(mask):
         return np.int32(np.count_nonzero(mask))
-    if on_host(mask) and axes == tuple(range(len(axes))):  # by position: few are active
+    is_sparse = on_host(mask) and 4 * np.count_nonzero(mask) < mask.size
+    if is_sparse and axes == tuple(range(len(axes))):  # by position
         size = math.prod(mask.shape[len(axes) :])
         counts = np.bincount(np.flatnonzero(mask) % size, minlength=size).astype("int32")
         return counts.reshape((1,) * len(axes) + mask.shape[len(axes) :])
