@@ -143,19 +143,16 @@ def mean_magnitude(values, mask):
     return xp.sum(size) / as_float(xp.maximum(count(mask), 1))
 
 
-def moved(weight, old, new, grown=None):
+def moved(weight, survives, grows=None, grown=None):
     """A weight under its new mask: what stays keeps its value, what grows has that of `grown`.
 
     Args:
         weight: Tensor.
-        old, new: Bool tensors of its shape.
+        survives, grows: Bool tensors of its shape; `grows` only with `grown`.
         grown: Tensor of its shape, or `None` (default) for 0.
     """
-    weight = masked(weight, ops.logical_and(old, new))
-    if grown is None:
-        return weight
-    grows = ops.logical_and(new, ops.logical_not(old))
-    return ops.where(grows, ops.cast(grown, weight.dtype), weight)
+    weight = masked(weight, survives)
+    return weight if grown is None else ops.where(grows, ops.cast(grown, weight.dtype), weight)
 
 
 def packed(mask):

@@ -275,10 +275,15 @@ class Topology:
                 become 0.
             grown: Array of the weight's shape, where new ones start; `None` (default) for 0.
         """
-        move = masks.moved if self._is_on_host() else _moved
-        weight, old, new = map(ops.convert_to_tensor, (self.variable, self.mask, mask))
+        weight = ops.convert_to_tensor(self.variable)
         grown = None if grown is None else ops.convert_to_tensor(grown)
-        weight = move(weight, old, new, grown)
+        if self._is_on_host():
+            survives = mask & host(self.mask)
+            grows = None if grown is None else ops.convert_to_tensor(mask & ~survives)
+            weight = masks.moved(weight, ops.convert_to_tensor(survives), grows, grown)
+        else:
+            old, new = map(ops.convert_to_tensor, (self.mask, mask))
+            weight = _moved(weight, old, new, grown)
         with self.quiet():
             self.variable.assign(weight)
         self.replace_mask(mask)
@@ -371,7 +376,10 @@ def _count_moved(weight, mask):
 _count = compiled(masks.count)
 
 
-_moved = compiled(masks.moved)
+@compiled
+def _moved(weight, old, new, grown):
+    grows = ops.logical_and(new, ops.logical_not(old))
+    return masks.moved(weight, ops.logical_and(old, new), grows, grown)
 
 
 class KeepZeros(keras.constraints.Constraint):

@@ -593,14 +593,15 @@ class SparseOpt(WrapperOptimizer):
         def move(state, mask, gradient, numbers):
             value, *slots, explored = state
             new, grown = rank(value, mask, gradient, numbers)
-            moving = [masks.moved(value, mask, new, grown)]
-            moving += [masks.moved(slot, mask, new) for slot in slots]
+            survives = ops.logical_and(new, mask)
+            grows = ops.logical_and(new, ops.logical_not(mask))
+            moving = [masks.moved(value, survives, grows, grown)]
+            moving += [masks.moved(slot, survives) for slot in slots]
             now = masks.packed(new)
             explored = now if initial else ops.bitwise_or(explored, now)
             scale = self.correction(new, geometry.neuron_axes) if has_scale else None
             units = geometry.units(mask.shape)
-            changed = masks.count(ops.logical_and(new, ops.logical_not(mask)))
-            counts = changed, masks.count(new), units.num_active(new)
+            counts = masks.count(grows), masks.count(new), units.num_active(new)
             return [*moving, explored], new, scale, counts
 
         return move
