@@ -247,7 +247,8 @@ def picture(rows, path):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-    rows = [row for row in rows if row["skew_correction"]]
+    most = max(row["seeds"] for row in rows)
+    rows = [row for row in rows if row["skew_correction"] and row["seeds"] == most]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     order = list(STRUCTURES)
     labels = sorted(
@@ -276,7 +277,7 @@ def picture(rows, path):
         axis.grid(axis="x", alpha=0.25)
     axes[0][0].set_yticks(range(len(labels)), [f"{name}, {s:.0%}" for name, s in labels])
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(frameon=False, loc="center left")
+    axes[0][0].legend(frameon=False, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
