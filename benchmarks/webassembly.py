@@ -25,7 +25,7 @@ from keras import layers  # noqa: E402
 from models import mobilenet, resnet  # noqa: E402
 
 import keras_sparseopt as kso  # noqa: E402
-from keras_sparseopt.deployment.convert import converted  # noqa: E402
+from keras_sparseopt.deployment.convert import converted, exported  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent / "webassembly"
 TAKEN = 1.3  # × faster
@@ -116,11 +116,11 @@ def main():
         says = kso.sparse_inference_report(model)
         shape = (1, *model.input_shape[1:])
         x = np.sin(0.7 * np.arange(np.prod(shape))).reshape(shape).astype("float32")
-        found = measure(
-            converted(model, x, sparse=False), converted(model, x), list(shape), args.rounds
-        )
+        with exported(model, x) as directory:
+            dense, sparse = converted(directory, sparse=False), converted(directory)
+        found = measure(dense, sparse, list(shape), args.rounds)
         expected = keras.ops.convert_to_numpy(model(x))[0]
-        dense, sparse = (
+        dense_off, sparse_off = (
             np.abs(np.array(outputs) - expected).max() / np.abs(expected).max()
             for outputs in found["outputs"]
         )
@@ -132,8 +132,8 @@ def main():
                 "ratio": found["milliseconds"][0] / found["milliseconds"][1],
                 "dense ms": found["milliseconds"][0],
                 "sparse ms": found["milliseconds"][1],
-                "dense off by": dense,
-                "sparse off by": sparse,
+                "dense off by": dense_off,
+                "sparse off by": sparse_off,
                 "problem": "; ".join(says.problems)[:120],
             }
         )

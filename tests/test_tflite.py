@@ -130,8 +130,8 @@ def test_models_without_a_graph_need_inputs(tmp_path):
 def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
     model, other = network(), network()
     other.layers[-1].bias.assign(np.ones(3, "float32"))
-    convert = tflite.converted
-    monkeypatch.setattr(tflite, "converted", lambda _, *args, **kw: convert(other, *args, **kw))
+    export = tflite.exported
+    monkeypatch.setattr(tflite, "exported", lambda _, inputs: export(other, inputs))
     (tmp_path / "m.tflite").write_bytes(b"before")
     with pytest.raises(ValueError, match="does not compute what the model does: 'output_0' diff"):
         kso.export_tflite(model, tmp_path / "m.tflite")

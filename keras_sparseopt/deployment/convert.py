@@ -1,5 +1,6 @@
 """From a Keras model to the bytes of a TFLite file."""
 
+import contextlib
 import tempfile
 
 import keras
@@ -69,8 +70,9 @@ def input_names(model, inputs):
     return ["_".join(["input", *map(str, path)]) for path, _ in flat]
 
 
-def converted(model, inputs, float16=False, sparse=True):
-    """The bytes of a TFLite file, with or without its zeros."""
+@contextlib.contextmanager
+def exported(model, inputs):
+    """The folder of a SavedModel for inputs of these shapes; files are converted from it."""
     import tensorflow as tf
 
     names = iter(input_names(model, inputs))
@@ -79,9 +81,16 @@ def converted(model, inputs, float16=False, sparse=True):
     )
     with tempfile.TemporaryDirectory() as directory:
         model.export(directory, format="tf_saved_model", verbose=False, input_signature=[signature])
-        converter = tf.lite.TFLiteConverter.from_saved_model(directory)
-        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if sparse else []
-        if float16:
-            converter.optimizations.append(tf.lite.Optimize.DEFAULT)
-            converter.target_spec.supported_types = [tf.float16]
-        return converter.convert()
+        yield directory
+
+
+def converted(directory, float16=False, sparse=True):
+    """The bytes of a TFLite file, with or without its zeros."""
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(directory)
+    converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if sparse else []
+    if float16:
+        converter.optimizations.append(tf.lite.Optimize.DEFAULT)
+        converter.target_spec.supported_types = [tf.float16]
+    return converter.convert()

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
-from keras_sparseopt.deployment.convert import check_exportable, converted
+from keras_sparseopt.deployment.convert import check_exportable, converted, exported
 
 _UNARY = {
     "ABS", "CEIL", "ELU", "FLOOR", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "PRELU", "RELU",
@@ -90,7 +90,8 @@ def sparse_inference_report(model, inputs=None):
         assert not found.xnnpack and "first" in found.problems[0]
     ```
     """
-    return read_file(converted(model, check_exportable(model, inputs)), model)
+    with exported(model, check_exportable(model, inputs)) as directory:
+        return read_file(converted(directory), model)
 
 
 def read_file(content, model):

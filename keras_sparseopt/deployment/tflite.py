@@ -10,7 +10,12 @@ import numpy as np
 
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool, check_int
-from keras_sparseopt.deployment.convert import check_exportable, converted, input_names
+from keras_sparseopt.deployment.convert import (
+    check_exportable,
+    converted,
+    exported,
+    input_names,
+)
 from keras_sparseopt.deployment.engines import read_file
 from keras_sparseopt.files import check_place, write_aside
 from keras_sparseopt.topology import topology_of
@@ -107,7 +112,8 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
             )
     check_place(path)
     inputs = check_exportable(model, inputs, batch_size or 1)
-    dense, sparse = converted(model, inputs, sparse=False), converted(model, inputs, float16)
+    with exported(model, inputs) as directory:
+        dense, sparse = converted(directory, sparse=False), converted(directory, float16)
     difference = _largest_difference(model, sparse, inputs, float16)
     if not float16:
         _warn_of_wrong_outputs(read_file(sparse, model))
