@@ -23,6 +23,8 @@ from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.cost import layer_costs, summary
 from keras_sparseopt.deployment import (
+    condense,
+    csr_matrices,
     export_tflite,
     load_packed,
     save_packed,
@@ -77,7 +79,9 @@ __all__ = [
     "Static",
     "Unstructured",
     "assert_replicas_agree",
+    "condense",
     "connectivity",
+    "csr_matrices",
     "drop_and_grow",
     "effective_gradient_flow",
     "er",

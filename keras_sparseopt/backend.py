@@ -42,6 +42,15 @@ def host(x):
     return np.asarray(x)
 
 
+def tensor_of(variable):
+    """The value of a Keras variable, which `convert_to_tensor` leaves a variable in TensorFlow."""
+    if IS_TENSORFLOW:
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(variable.value)
+    return variable.value
+
+
 def are_on_host(variables):
     """Whether all the variables lie whole in this process, on CPU devices."""
     return all(_is_on_host(variable.value) for variable in variables)
@@ -69,17 +78,18 @@ def freed(variables):
             array.delete()
 
 
-def compiled(function, donate=()):
+def compiled(function, donate=(), jit=True):
     """`function` of lists and dicts of tensors, compiled once for each combination of shapes.
 
     Args:
         function: Pure function.
         donate: Positions of arguments whose memory the results may take; JAX only.
+        jit: Bool, whether XLA compiles it; TensorFlow only.
     """
     if IS_TENSORFLOW:
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=True, autograph=False)
+        return tf.function(function, jit_compile=jit, autograph=False)
     import jax
 
     return jax.jit(function, donate_argnums=donate)

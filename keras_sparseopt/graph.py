@@ -166,4 +166,4 @@ def _call_order(model):
                     keras_internals.symbolic_call(model, **tensors)
     except Exception:  # the model's own code may fail on symbolic inputs in any way
         return keras_internals.all_layers(model)
-    return called
+    return [layer for layer, _ in called]

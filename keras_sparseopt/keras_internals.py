@@ -220,14 +220,14 @@ def tell_no_more(variable):
 
 @contextlib.contextmanager
 def calls_recorded():
-    """Yields a list that takes every layer that is called meanwhile, in order."""
+    """Yields a list that takes every layer that is called meanwhile, and its first argument."""
     called: list = []
     original = keras.layers.Layer.__call__
 
     @functools.wraps(original)
     def record(self, *args, **kwargs):
         outputs = original(self, *args, **kwargs)
-        called.append(self)
+        called.append((self, args[0] if args else None))
         return outputs
 
     keras.layers.Layer.__call__ = record
@@ -235,6 +235,23 @@ def calls_recorded():
         yield called
     finally:
         keras.layers.Layer.__call__ = original
+
+
+def layers_of_graphs(model):
+    """The layers that a functional or sequential model's file names, those of nested ones too."""
+    functional = functional_of(model)
+    found: list = []
+    for operation in () if functional is None else functional.operations:
+        found += [operation, *layers_of_graphs(operation)]
+    return found
+
+
+def become(layer, other):
+    """Let a layer be another one, wherever it lies: in graphs, in layers, in lists."""
+    graph = {name: vars(layer)[name] for name in ("_inbound_nodes", "_outbound_nodes")}
+    layer.__class__ = type(other)
+    vars(layer).clear()
+    vars(layer).update({**vars(other), **graph})
 
 
 def symbolic_call(function, *args, **kwargs):

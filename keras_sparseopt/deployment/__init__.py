@@ -1,7 +1,15 @@
 """After training: files, formats and layers that use the zeros."""
 
+from keras_sparseopt.deployment.condensed import condense, csr_matrices
 from keras_sparseopt.deployment.engines import sparse_inference_report
 from keras_sparseopt.deployment.packed import load_packed, save_packed
 from keras_sparseopt.deployment.tflite import export_tflite
 
-__all__ = ["export_tflite", "load_packed", "save_packed", "sparse_inference_report"]
+__all__ = [
+    "condense",
+    "csr_matrices",
+    "export_tflite",
+    "load_packed",
+    "save_packed",
+    "sparse_inference_report",
+]

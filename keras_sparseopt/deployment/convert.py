@@ -19,6 +19,11 @@ def check_exportable(model, inputs, batch_size=1):
             "TFLite files need TensorFlow's converter: save the model, and load and export it "
             f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.backend.backend()}"
         )
+    return example_inputs(model, inputs, batch_size)
+
+
+def example_inputs(model, inputs, batch_size):
+    """Inputs of a built model as NumPy arrays, drawn if there are none."""
     functional = keras_internals.functional_of(model)
     if inputs is None:
         return _random_inputs(functional, batch_size)

@@ -1,0 +1,464 @@
+"""Dense layers that multiply without their zeros, in Keras itself."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import string
+import tempfile
+import time
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers as keras_layers
+from keras import ops
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host, tensor_of
+from keras_sparseopt.checks import check_float, check_int
+from keras_sparseopt.conversion import check_built, strip
+from keras_sparseopt.deployment.convert import example_inputs
+from keras_sparseopt.topology import kernels_of
+
+_ROWS_AT_ONCE = 4  # rows of indices in one turn of the loop: two to four times as fast as one
+_MOST_NONZERO = 0.5
+
+
+@keras.saving.register_keras_serializable(package="keras_sparseopt")
+class CondensedDense(keras.layers.Layer):
+    """A dense layer that stores, for each neuron, its nonzero weights and where they are.
+
+    ```
+    y[neuron] = activation(Σ_k values[k, neuron] · x[indices[k, neuron]] + bias)
+    ```
+
+    What `condense` makes of layers. All neurons have as many entries as the largest fan-in; what
+    is too many is 0. It cannot be trained.
+
+    Args:
+        equation: String, the einsum that the layer was, with its kernel second.
+        kernel_shape: Shape of that kernel.
+        fan_in: Int, entries per neuron.
+        bias_shape: Shape of the bias, `None` (default) for none.
+        activation: As in `keras.layers.Dense`, defaults to `None`.
+    """
+
+    def __init__(
+        self, equation, kernel_shape, fan_in, bias_shape=None, activation=None, **options
+    ):  # fmt: skip
+        super().__init__(**options)
+        self.equation = equation
+        self.kernel_shape = tuple(kernel_shape)
+        self.fan_in = fan_in
+        self.bias_shape = None if bias_shape is None else tuple(bias_shape)
+        self.activation = keras.activations.get(activation)
+        self.is_in_graph = True
+
+    def build(self, input_shape=None):
+        inputs, neurons = _Letters(self.equation).matrix_shape(self.kernel_shape)
+        shape, dtype = (self.fan_in, neurons), "uint16" if inputs <= 2**16 else "int32"
+        self.values = self.add_weight(shape, "zeros", trainable=False, name="values")
+        self.indices = self.add_weight(shape, "zeros", dtype, trainable=False, name="indices")
+        self.bias: Any = None
+        if self.bias_shape is not None:
+            self.bias = self.add_weight(self.bias_shape, "zeros", trainable=False, name="bias")
+        self.built = True
+
+    def call(self, inputs, training=None):
+        letters = _Letters(self.equation, len(inputs.shape))
+        sizes = {
+            **letters.kernel_sizes(self.kernel_shape),
+            **dict(zip(letters.given, ops.shape(inputs))),
+        }
+        order = letters.rows + letters.summed
+        rows = ops.transpose(inputs, [letters.given.index(letter) for letter in order])
+        rows = ops.reshape(rows, (-1, math.prod(sizes[letter] for letter in letters.summed)))
+        outputs = _multiply(rows, tensor_of(self.indices), tensor_of(self.values))
+        order = letters.rows + letters.neurons
+        outputs = ops.reshape(outputs, [sizes[letter] for letter in order])
+        outputs = ops.transpose(outputs, [order.index(letter) for letter in letters.result])
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return self.activation(outputs)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "equation": self.equation,
+            "kernel_shape": self.kernel_shape,
+            "fan_in": self.fan_in,
+            "bias_shape": self.bias_shape,
+            "activation": keras.activations.serialize(self.activation),
+        }
+
+    def kernel(self):
+        """The kernel with its zeros, as a NumPy array."""
+        letters = _Letters(self.equation)
+        matrix = np.zeros(letters.matrix_shape(self.kernel_shape), self.values.dtype)
+        neurons = np.arange(matrix.shape[1])
+        for indices, values in zip(host(self.indices), host(self.values)):
+            matrix[indices, neurons] += values
+        return letters.kernel_of(matrix, self.kernel_shape)
+
+    def save_own_variables(self, store):
+        if self.is_in_graph:
+            super().save_own_variables(store)
+            return
+        # The layer around it makes the layer anew that this one was.
+        weights = [self.kernel(), *([] if self.bias is None else [host(self.bias)])]
+        for position, weight in enumerate(weights):
+            store[str(position)] = weight
+
+
+class _Letters:
+    """What the letters of an einsum mean, for one given tensor and one kernel.
+
+    Attributes:
+        given, kernel, result: Strings, the axes of the inputs, of the kernel and of the outputs.
+        rows: Those of the inputs that stay.
+        summed, neurons: Those of the kernel that go, and that come.
+    """
+
+    def __init__(self, equation, rank=None):
+        given, kernel, result = re.split(",|->", equation.replace(" ", ""))
+        more = 0 if rank is None else rank - len(given.replace("...", ""))
+        unused = [letter for letter in string.ascii_letters if letter not in equation]
+        given, self.kernel, result = (
+            part.replace("...", "".join(unused[:more])) for part in (given, kernel, result)
+        )
+        self.given, self.result = given, result
+        self.summed = "".join(x for x in self.kernel if x in given and x not in result)
+        self.neurons = "".join(x for x in self.kernel if x not in given)
+        self.rows = "".join(x for x in given if x not in self.summed)
+
+    @property
+    def is_product(self):
+        """Whether it is a product of two matrices, up to the order of axes."""
+        parts = self.given, self.kernel, self.result
+        return (
+            all(len(set(part)) == len(part) for part in parts)
+            and {*self.kernel} == {*self.summed, *self.neurons}
+            and {*self.result} == {*self.rows, *self.neurons}
+            and bool(self.summed and self.neurons)
+        )
+
+    def kernel_sizes(self, shape):
+        """By letter, of a kernel that may have axes of size 1 in front: a 1×1 convolution's."""
+        return dict(zip(self.kernel, shape[len(shape) - len(self.kernel) :]))
+
+    def matrix_shape(self, shape):
+        sizes = self.kernel_sizes(shape)
+        inputs, neurons = ([sizes[x] for x in part] for part in (self.summed, self.neurons))
+        return math.prod(inputs), math.prod(neurons)
+
+    def matrix(self, kernel):
+        """The kernel with its inputs along the first axis, its neurons along the second."""
+        order = [self.kernel.index(letter) for letter in self.summed + self.neurons]
+        shape = self.matrix_shape(kernel.shape)
+        return kernel.reshape(kernel.shape[-len(order) :]).transpose(order).reshape(shape)
+
+    def kernel_of(self, matrix, shape):
+        """What `matrix` was made of."""
+        order = self.summed + self.neurons
+        sizes = self.kernel_sizes(shape)
+        kernel = matrix.reshape([sizes[letter] for letter in order])
+        return kernel.transpose([order.index(letter) for letter in self.kernel]).reshape(shape)
+
+
+def _product(rows, indices, values):
+    """Rows (batch, inputs) times the matrix that the other two (fan-in, neurons) stand for."""
+    wide = "float32" if values.dtype in ("float16", "bfloat16") else rows.dtype
+    columns, values = ops.cast(ops.transpose(rows), wide), ops.cast(values, wide)
+
+    def add(turn, sums):
+        for i in range(_ROWS_AT_ONCE):
+            k = turn * _ROWS_AT_ONCE + i
+            found = ops.take(columns, ops.cast(indices[k], "int32"), axis=0)
+            sums = sums + found * ops.expand_dims(values[k], 1)
+        return sums
+
+    start = ops.zeros((values.shape[1], ops.shape(rows)[0]), wide)
+    sums = ops.fori_loop(0, values.shape[0] // _ROWS_AT_ONCE, add, start)
+    return ops.cast(ops.transpose(sums), rows.dtype)
+
+
+_multiply = compiled(_product)  # TensorFlow would run the loop op by op
+
+
+def _condensed(matrix):
+    """Indices and values (fan-in, neurons) of a matrix (inputs, neurons)."""
+    nonzero = matrix != 0
+    most = max(int(nonzero.sum(axis=0).max(initial=0)), 1)
+    fan_in = -(-most // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
+    # Stable: nonzero ones first, each in its order.
+    order = np.argsort(~nonzero, axis=0, kind="stable")[:fan_in]
+    order = np.pad(order, ((0, fan_in - len(order)), (0, 0)))
+    is_used = np.arange(fan_in)[:, None] < nonzero.sum(axis=0)
+    values = np.where(is_used, np.take_along_axis(matrix, order, axis=0), 0)
+    return np.where(is_used, order, 0), values
+
+
+# ---------------------------------------------------------------------- which layers
+
+
+@dataclasses.dataclass(frozen=True)
+class CondensedModel:
+    """What `condense` has made; `print` shows it.
+
+    Attributes:
+        model: The Keras model.
+        layers: List of dicts, one for each layer with zeros that could be condensed or might be
+            expected to: `name`, `zeros` (share), `rows` (that it multiplies at once),
+            `dense_ms`, `condensed_ms` (medians), `dense_bytes`, `condensed_bytes`, and
+            `stays_dense`: why, empty for a condensed one.
+    """
+
+    model: keras.Model
+    layers: list
+
+    def __str__(self):
+        done = [row for row in self.layers if not row["stays_dense"]]
+        lines = []
+        for row in self.layers:
+            line = f"{row['name']}: {row['zeros']:.1%} zeros, "
+            if row["dense_ms"] is not None:
+                line += (
+                    f"{row['rows']} rows: {row['dense_ms']:.3f} → {row['condensed_ms']:.3f} ms, "
+                    f"{row['dense_bytes']:,} → {row['condensed_bytes']:,} bytes"
+                )
+            if row["stays_dense"]:
+                line += f"; stays dense: {row['stays_dense']}"
+            lines.append(line.replace(", ;", ";"))
+        before, after = (
+            sum(row[key] for row in done) for key in ("dense_bytes", "condensed_bytes")
+        )
+        lines.append(f"{len(done)} layers condensed: {before:,} → {after:,} bytes of weights")
+        return "\n".join(lines)
+
+
+def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
+    """A copy of a model whose dense layers multiply without their zeros, where that is faster here.
+
+    For each `Dense`, `EinsumDense` that is a product of two matrices, and 1×1 convolution of which
+    more than half is 0, wherever it lies in the model, both ways are run on this machine, compiled,
+    in turns, on as many rows as the layer gets for such a batch. The faster one is taken. It pays
+    for wide layers, high sparsity and small batches (`docs/deployment.md`), and most with
+    `ConstantFanIn`: each neuron stores as many weights as the one with the largest fan-in.
+
+    The copy has no masks, is not compiled, and cannot be trained. It is saved, loaded and exported
+    as any Keras model. A layer that was condensed inside of another one (attention, a block of a
+    transformer) comes back from a file as what it was: `condense` the loaded model again.
+
+    Args:
+        model: Built Keras model that Keras can save and load, with masks or plain with zeros.
+        batch_size: Int ≥ 1, examples at a time that it is to be fast for, defaults to 1.
+        inputs: A batch of inputs, for models whose input shapes are not known, instead of
+            `batch_size`.
+        min_speedup: Float ≥ 0, how many times as fast a layer must become to be condensed,
+            defaults to 1.1. 0 condenses all that can be.
+
+    Returns:
+        `CondensedModel`: the model, and what was measured.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: For a wrong argument, or if Keras cannot copy the model. It has not changed.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(256)])
+    kso.sparsify(model, 0.95, structure=kso.ConstantFanIn())
+    condensed = kso.condense(model, min_speedup=0)
+    assert condensed.layers[0]["condensed_bytes"] < condensed.layers[0]["dense_bytes"] / 8
+    ```
+
+    References:
+        Lasby et al., Dynamic Sparse Training with Structured Sparsity, ICLR 2024
+        (arXiv:2305.02299), for the condensed form of constant fan-in.
+    """
+    check_int("batch_size", batch_size, 1)
+    check_float("min_speedup", min_speedup, 0, math.inf)
+    check_built(model)
+    inputs = example_inputs(model, inputs, batch_size)
+    copied = _plain_copy(model)
+    rows_of = _rows(copied, inputs)
+    in_graph = {id(layer) for layer in keras_internals.layers_of_graphs(copied)}
+    found = []
+    for kernel in kernels_of(copied):
+        layer, matrix = kernel.layer, host(kernel.variable)
+        zeros = 1 - np.count_nonzero(matrix) / matrix.size
+        if not zeros:
+            continue
+        equation, why = _equation(layer)
+        row = {
+            "name": layer.name, "zeros": zeros, "rows": rows_of.get(id(layer)), "dense_ms": None,
+            "condensed_ms": None, "dense_bytes": matrix.nbytes, "condensed_bytes": None,
+            "stays_dense": why,
+        }  # fmt: skip
+        found.append(row)
+        if not why and zeros <= _MOST_NONZERO:
+            row["stays_dense"] = "no more than half of it is 0"
+        elif not why and row["rows"] is None:
+            row["stays_dense"] = "not used for these inputs"
+        if row["stays_dense"]:
+            continue
+        condensed = _condensed_layer(layer, equation, matrix)
+        row["condensed_bytes"] = sum(host(v).nbytes for v in condensed.weights[:2])
+        row["dense_ms"], row["condensed_ms"] = _milliseconds(layer, condensed, row["rows"])
+        if row["dense_ms"] < min_speedup * row["condensed_ms"]:
+            row["stays_dense"] = "not faster"
+            continue
+        condensed.is_in_graph = id(layer) in in_graph
+        keras_internals.become(layer, condensed)
+    return CondensedModel(copied, found)
+
+
+def _plain_copy(model):
+    own = {type(layer).__name__: type(layer) for layer in keras_internals.all_layers(model)}
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory) / "model.keras"
+            model.save(path)
+            return strip(keras.models.load_model(path, own, compile=False))
+    except Exception as error:
+        raise ValueError(
+            "`model` must be one that Keras can save and load: the classes of its parts "
+            f"registered, their `get_config` complete. Received: {error}"
+        ) from error
+
+
+def csr_matrices(model):
+    """The sparse dense layers of a model as SciPy matrices, for inference in NumPy.
+
+    SciPy multiplies them without the zeros and without a framework's overhead, which wins for one
+    example at a time (`docs/deployment.md`). Biases and activations are yours to add.
+
+    Args:
+        model: Built Keras model, with masks or plain with zeros.
+
+    Returns:
+        Dict from the name of each `Dense`, `EinsumDense` that is a product of two matrices, and 1×1
+        convolution that has zeros, to a `scipy.sparse.csr_array` of shape (neurons, inputs).
+        Layers with one name are told apart by their path.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If Keras cannot copy the model.
+        ImportError: If SciPy is not installed.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32, name="head")])
+    kso.sparsify(model, 0.9)
+    matrix = kso.csr_matrices(model)["head"]
+    x = np.ones(64, "float32")
+    np.testing.assert_allclose(matrix @ x, np.ravel(model(x[None])), rtol=1e-5, atol=1e-6)
+    ```
+    """
+    import scipy.sparse
+
+    check_built(model)
+    matrices = {}
+    for kernel in kernels_of(_plain_copy(model)):
+        equation, _ = _equation(kernel.layer)
+        matrix = host(kernel.variable)
+        if equation is not None and not matrix.all():
+            name = kernel.layer.name
+            name = kernel.variable.path.removesuffix("/kernel") if name in matrices else name
+            matrices[name] = scipy.sparse.csr_array(_Letters(equation).matrix(matrix).T)
+    return matrices
+
+
+def _equation(layer):
+    """The einsum that a layer is, or `None` and why it cannot be condensed."""
+    kinds = keras_layers.Dense, keras_layers.EinsumDense, keras_layers.Conv1D, keras_layers.Conv2D
+    if type(layer) not in kinds:
+        return None, f"{type(layer).__name__} cannot be condensed"
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return None, "it has LoRA or is quantized"
+    if isinstance(layer, keras_layers.EinsumDense):
+        if not _Letters(layer.equation).is_product:
+            return None, f"{layer.equation} is no product of two matrices"
+        return layer.equation, ""
+    if isinstance(layer, keras_layers.Dense):
+        return "...i,io->...o", ""
+    if {*layer.kernel_size, *layer.strides, layer.groups} != {1}:
+        return None, "a convolution that is not 1×1, or has a stride or groups"
+    if layer.data_format != "channels_last":
+        return None, "channels come first"
+    return "...i,io->...o", ""
+
+
+def _condensed_layer(layer, equation, kernel):
+    indices, values = _condensed(_Letters(equation).matrix(kernel))
+    bias = layer.bias
+    condensed = CondensedDense(
+        equation, kernel.shape, len(values), None if bias is None else bias.shape,
+        layer.activation, name=layer.name, dtype=layer.dtype_policy,
+    )  # fmt: skip
+    condensed.build()
+    condensed.values.assign(values)
+    condensed.indices.assign(indices.astype(condensed.indices.dtype))
+    if bias is not None:
+        condensed.bias.assign(bias)
+    return condensed
+
+
+def _rows(model, inputs):
+    """By the id of a layer: how many rows it multiplies at once, in one call of the model."""
+    with keras_internals.calls_recorded() as called:
+        model(inputs, training=False)
+    rows = dict[int, int]()
+    for layer, given in called:
+        equation, _ = _equation(layer)
+        if equation is not None and id(layer) not in rows:
+            letters = _Letters(equation, len(given.shape))
+            sizes = dict(zip(letters.given, given.shape))
+            rows[id(layer)] = math.prod(sizes[letter] for letter in letters.rows)
+    return rows
+
+
+_SECONDS = 0.15  # to measure one layer for
+
+
+def _milliseconds(layer, condensed, rows):
+    """Medians per call, dense and condensed, on that many rows."""
+    letters = _Letters(condensed.equation)
+    dtype = condensed.compute_dtype
+    kernel = ops.cast(letters.matrix(host(layer.kernel)), dtype)
+    values = ops.cast(tensor_of(condensed.values), dtype)
+    given = np.random.default_rng(0).normal(size=(rows, kernel.shape[0]))
+    given = ops.cast(ops.convert_to_tensor(given.astype("float32")), dtype)
+    ways = [
+        (_multiply, given, tensor_of(condensed.indices), values),
+        *((way, given, kernel) for way in _DENSE),
+    ]
+    for way, *arguments in ways:
+        host(way(*arguments))  # compiles
+    times: list = [[] for _ in ways]
+    end = time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for (way, *arguments), own in zip(ways, times):
+            start = time.perf_counter()
+            host(way(*arguments))
+            own.append(time.perf_counter() - start)
+    sparse, *dense = (1000 * float(np.median(own)) for own in times)
+    return min(dense), sparse
+
+
+def _dense(rows, matrix):
+    return ops.matmul(rows, matrix)
+
+
+# TensorFlow multiplies matrices faster without XLA.
+_DENSE = [compiled(_dense), *([compiled(_dense, jit=False)] if IS_TENSORFLOW else [])]
