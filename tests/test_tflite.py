@@ -243,6 +243,8 @@ def test_zeros_that_are_too_few_and_dense_layers():
     kso.sparsify(dense, 0.9, "uniform", exclude=["c"], structure={"a": kso.Block(4, 1)})
     found = kso.sparse_inference_report(dense)
     assert found.dense_layers == {"a": "blocks", "b": "single zeros", "c": "dense"}
+    assert list(found.speedups) == ["a"] and found.speedups["a"] > 0
+    assert f"a: blocks, {found.speedups['a']:.1f} × faster here" in str(found)
     assert "a: blocks" in str(found)
 
 

@@ -3,15 +3,12 @@
 import dataclasses
 import math
 import pathlib
-import re
-import string
 import tempfile
 import time
 from typing import Any
 
 import keras
 import numpy as np
-from keras import layers as keras_layers
 from keras import ops
 
 from keras_sparseopt import keras_internals
@@ -19,6 +16,7 @@ from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host, tensor_of
 from keras_sparseopt.checks import check_float, check_int
 from keras_sparseopt.conversion import check_built, strip
 from keras_sparseopt.deployment.convert import example_inputs
+from keras_sparseopt.deployment.products import Letters, active_values, equation_of
 from keras_sparseopt.topology import kernels_of
 
 _ROWS_AT_ONCE = 4  # rows of indices in one turn of the loop: two to four times as fast as one
@@ -56,7 +54,7 @@ class CondensedDense(keras.layers.Layer):
         self.is_in_graph = True
 
     def build(self, input_shape=None):
-        inputs, neurons = _Letters(self.equation).matrix_shape(self.kernel_shape)
+        inputs, neurons = Letters(self.equation).matrix_shape(self.kernel_shape)
         shape, dtype = (self.fan_in, neurons), "uint16" if inputs <= 2**16 else "int32"
         self.values = self.add_weight(shape, "zeros", trainable=False, name="values")
         self.indices = self.add_weight(shape, "zeros", dtype, trainable=False, name="indices")
@@ -66,7 +64,7 @@ class CondensedDense(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs, training=None):
-        letters = _Letters(self.equation, len(inputs.shape))
+        letters = Letters(self.equation, len(inputs.shape))
         sizes = {
             **letters.kernel_sizes(self.kernel_shape),
             **dict(zip(letters.given, ops.shape(inputs))),
@@ -94,7 +92,7 @@ class CondensedDense(keras.layers.Layer):
 
     def kernel(self):
         """The kernel with its zeros, as a NumPy array."""
-        letters = _Letters(self.equation)
+        letters = Letters(self.equation)
         matrix = np.zeros(letters.matrix_shape(self.kernel_shape), self.values.dtype)
         neurons = np.arange(matrix.shape[1])
         for indices, values in zip(host(self.indices), host(self.values)):
@@ -109,61 +107,6 @@ class CondensedDense(keras.layers.Layer):
         weights = [self.kernel(), *([] if self.bias is None else [host(self.bias)])]
         for position, weight in enumerate(weights):
             store[str(position)] = weight
-
-
-class _Letters:
-    """What the letters of an einsum mean, for one given tensor and one kernel.
-
-    Attributes:
-        given, kernel, result: Strings, the axes of the inputs, of the kernel and of the outputs.
-        rows: Those of the inputs that stay.
-        summed, neurons: Those of the kernel that go, and that come.
-    """
-
-    def __init__(self, equation, rank=None):
-        given, kernel, result = re.split(",|->", equation.replace(" ", ""))
-        more = 0 if rank is None else rank - len(given.replace("...", ""))
-        unused = [letter for letter in string.ascii_letters if letter not in equation]
-        given, self.kernel, result = (
-            part.replace("...", "".join(unused[:more])) for part in (given, kernel, result)
-        )
-        self.given, self.result = given, result
-        self.summed = "".join(x for x in self.kernel if x in given and x not in result)
-        self.neurons = "".join(x for x in self.kernel if x not in given)
-        self.rows = "".join(x for x in given if x not in self.summed)
-
-    @property
-    def is_product(self):
-        """Whether it is a product of two matrices, up to the order of axes."""
-        parts = self.given, self.kernel, self.result
-        return (
-            all(len(set(part)) == len(part) for part in parts)
-            and {*self.kernel} == {*self.summed, *self.neurons}
-            and {*self.result} == {*self.rows, *self.neurons}
-            and bool(self.summed and self.neurons)
-        )
-
-    def kernel_sizes(self, shape):
-        """By letter, of a kernel that may have axes of size 1 in front: a 1×1 convolution's."""
-        return dict(zip(self.kernel, shape[len(shape) - len(self.kernel) :]))
-
-    def matrix_shape(self, shape):
-        sizes = self.kernel_sizes(shape)
-        inputs, neurons = ([sizes[x] for x in part] for part in (self.summed, self.neurons))
-        return math.prod(inputs), math.prod(neurons)
-
-    def matrix(self, kernel):
-        """The kernel with its inputs along the first axis, its neurons along the second."""
-        order = [self.kernel.index(letter) for letter in self.summed + self.neurons]
-        shape = self.matrix_shape(kernel.shape)
-        return kernel.reshape(kernel.shape[-len(order) :]).transpose(order).reshape(shape)
-
-    def kernel_of(self, matrix, shape):
-        """What `matrix` was made of."""
-        order = self.summed + self.neurons
-        sizes = self.kernel_sizes(shape)
-        kernel = matrix.reshape([sizes[letter] for letter in order])
-        return kernel.transpose([order.index(letter) for letter in self.kernel]).reshape(shape)
 
 
 def _product(rows, indices, values):
@@ -294,7 +237,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
         zeros = 1 - np.count_nonzero(matrix) / matrix.size
         if not zeros:
             continue
-        equation, why = _equation(layer)
+        equation, why = equation_of(layer)
         row = {
             "name": layer.name, "zeros": zeros, "rows": rows_of.get(id(layer)), "dense_ms": None,
             "condensed_ms": None, "dense_bytes": matrix.nbytes, "condensed_bytes": None,
@@ -348,7 +291,6 @@ def csr_matrices(model):
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If Keras cannot copy the model.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -369,38 +311,18 @@ def csr_matrices(model):
 
     check_built(model)
     matrices = {}
-    for kernel in kernels_of(_plain_copy(model)):
-        equation, _ = _equation(kernel.layer)
-        matrix = host(kernel.variable)
+    for kernel in kernels_of(model):
+        equation, _ = equation_of(kernel.layer)
+        matrix = active_values(kernel.variable)
         if equation is not None and not matrix.all():
             name = kernel.layer.name
             name = kernel.variable.path.removesuffix("/kernel") if name in matrices else name
-            matrices[name] = scipy.sparse.csr_array(_Letters(equation).matrix(matrix).T)
+            matrices[name] = scipy.sparse.csr_array(Letters(equation).matrix(matrix).T)
     return matrices
 
 
-def _equation(layer):
-    """The einsum that a layer is, or `None` and why it cannot be condensed."""
-    kinds = keras_layers.Dense, keras_layers.EinsumDense, keras_layers.Conv1D, keras_layers.Conv2D
-    if type(layer) not in kinds:
-        return None, f"{type(layer).__name__} cannot be condensed"
-    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-        return None, "it has LoRA or is quantized"
-    if isinstance(layer, keras_layers.EinsumDense):
-        if not _Letters(layer.equation).is_product:
-            return None, f"{layer.equation} is no product of two matrices"
-        return layer.equation, ""
-    if isinstance(layer, keras_layers.Dense):
-        return "...i,io->...o", ""
-    if {*layer.kernel_size, *layer.strides, layer.groups} != {1}:
-        return None, "a convolution that is not 1×1, or has a stride or groups"
-    if layer.data_format != "channels_last":
-        return None, "channels come first"
-    return "...i,io->...o", ""
-
-
 def _condensed_layer(layer, equation, kernel):
-    indices, values = _condensed(_Letters(equation).matrix(kernel))
+    indices, values = _condensed(Letters(equation).matrix(kernel))
     bias = layer.bias
     condensed = CondensedDense(
         equation, kernel.shape, len(values), None if bias is None else bias.shape,
@@ -420,9 +342,9 @@ def _rows(model, inputs):
         model(inputs, training=False)
     rows = dict[int, int]()
     for layer, given in called:
-        equation, _ = _equation(layer)
+        equation, _ = equation_of(layer)
         if equation is not None and id(layer) not in rows:
-            letters = _Letters(equation, len(given.shape))
+            letters = Letters(equation, len(given.shape))
             sizes = dict(zip(letters.given, given.shape))
             rows[id(layer)] = math.prod(sizes[letter] for letter in letters.rows)
     return rows
@@ -433,7 +355,7 @@ _SECONDS = 0.15  # to measure one layer for
 
 def _milliseconds(layer, condensed, rows):
     """Medians per call, dense and condensed, on that many rows."""
-    letters = _Letters(condensed.equation)
+    letters = Letters(condensed.equation)
     dtype = condensed.compute_dtype
     kernel = ops.cast(letters.matrix(host(layer.kernel)), dtype)
     values = ops.cast(tensor_of(condensed.values), dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import warnings
 
 import keras
 import numpy as np
@@ -99,3 +100,12 @@ def converted(directory, float16=False, sparse=True):
         converter.optimizations.append(tf.lite.Optimize.DEFAULT)
         converter.target_spec.supported_types = [tf.float16]
     return converter.convert()
+
+
+def make_interpreter(content, threads=1):
+    """TFLite's interpreter for the bytes of a file."""
+    import tensorflow as tf
+
+    with warnings.catch_warnings():  # that it has moved to the other package
+        warnings.filterwarnings("ignore", message="(?s).*tf.lite.Interpreter is deprecated")
+        return tf.lite.Interpreter(model_content=content, num_threads=threads)

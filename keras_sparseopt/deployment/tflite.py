@@ -15,8 +15,10 @@ from keras_sparseopt.deployment.convert import (
     converted,
     exported,
     input_names,
+    make_interpreter,
 )
 from keras_sparseopt.deployment.engines import read_file
+from keras_sparseopt.deployment.products import active_values
 from keras_sparseopt.files import check_place, write_aside
 from keras_sparseopt.topology import topology_of
 
@@ -132,15 +134,6 @@ def _warn_of_wrong_outputs(found):
         )
 
 
-def make_interpreter(content, threads=1):
-    """TFLite's interpreter for the bytes of a file."""
-    import tensorflow as tf
-
-    with warnings.catch_warnings():  # that it has moved to the other package
-        warnings.filterwarnings("ignore", message="(?s).*tf.lite.Interpreter is deprecated")
-        return tf.lite.Interpreter(model_content=content, num_threads=threads)
-
-
 def _largest_difference(model, content, inputs, float16):
     run = make_interpreter(content).get_signature_runner()
     given = dict(zip(input_names(model, inputs), keras.tree.flatten(inputs)))
@@ -192,7 +185,7 @@ def _match(model, stored):
         value, topology = host(variable), topology_of(variable)
         if value.ndim > 1 and value.dtype != bool:
             name = variable.path if topology is None else topology.name
-            count = np.count_nonzero(value if topology is None else value * host(topology.mask))
+            count = np.count_nonzero(active_values(variable))
             if count < value.size:
                 weights.append((name, value.size, count))
     found = {}

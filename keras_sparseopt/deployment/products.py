@@ -1,0 +1,93 @@
+"""Layers that are a product with a matrix, and their kernels as that matrix."""
+
+import math
+import re
+import string
+
+from keras import layers
+
+from keras_sparseopt.backend import host
+from keras_sparseopt.layers import SparseLayer
+from keras_sparseopt.topology import topology_of
+
+
+def active_values(variable):
+    """A weight as a NumPy array, zeros where its mask is."""
+    topology = topology_of(variable)
+    return host(variable) if topology is None else host(variable) * host(topology.mask)
+
+
+def equation_of(layer):
+    """The einsum that a layer is, or `None` and why it cannot be condensed."""
+    kinds = layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D
+    is_known = type(layer) in kinds or isinstance(layer, SparseLayer)
+    if not is_known or not isinstance(layer, kinds):
+        return None, f"{type(layer).__name__} cannot be condensed"
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return None, "it has LoRA or is quantized"
+    if isinstance(layer, layers.EinsumDense):
+        if not Letters(layer.equation).is_product:
+            return None, f"{layer.equation} is no product of two matrices"
+        return layer.equation, ""
+    if isinstance(layer, layers.Dense):
+        return "...i,io->...o", ""
+    if {*layer.kernel_size, *layer.strides, layer.groups} != {1}:
+        return None, "a convolution that is not 1×1, or has a stride or groups"
+    if layer.data_format != "channels_last":
+        return None, "channels come first"
+    return "...i,io->...o", ""
+
+
+class Letters:
+    """What the letters of an einsum mean, for one given tensor and one kernel.
+
+    Attributes:
+        given, kernel, result: Strings, the axes of the inputs, of the kernel and of the outputs.
+        rows: Those of the inputs that stay.
+        summed, neurons: Those of the kernel that go, and that come.
+    """
+
+    def __init__(self, equation, rank=None):
+        given, kernel, result = re.split(",|->", equation.replace(" ", ""))
+        more = 0 if rank is None else rank - len(given.replace("...", ""))
+        unused = [letter for letter in string.ascii_letters if letter not in equation]
+        given, self.kernel, result = (
+            part.replace("...", "".join(unused[:more])) for part in (given, kernel, result)
+        )
+        self.given, self.result = given, result
+        self.summed = "".join(x for x in self.kernel if x in given and x not in result)
+        self.neurons = "".join(x for x in self.kernel if x not in given)
+        self.rows = "".join(x for x in given if x not in self.summed)
+
+    @property
+    def is_product(self):
+        """Whether it is a product of two matrices, up to the order of axes."""
+        parts = self.given, self.kernel, self.result
+        return (
+            all(len(set(part)) == len(part) for part in parts)
+            and {*self.kernel} == {*self.summed, *self.neurons}
+            and {*self.result} == {*self.rows, *self.neurons}
+            and bool(self.summed and self.neurons)
+        )
+
+    def kernel_sizes(self, shape):
+        """By letter, of a kernel that may have axes of size 1 in front: a 1×1 convolution's."""
+        return dict(zip(self.kernel, shape[len(shape) - len(self.kernel) :]))
+
+    def matrix_shape(self, shape):
+        sizes = self.kernel_sizes(shape)
+        inputs, neurons = ([sizes[x] for x in part] for part in (self.summed, self.neurons))
+        return math.prod(inputs), math.prod(neurons)
+
+    def matrix(self, kernel):
+        """The kernel with its inputs along the first axis, its neurons along the second."""
+        order = [self.kernel.index(letter) for letter in self.summed + self.neurons]
+        shape = self.matrix_shape(kernel.shape)
+        return kernel.reshape(kernel.shape[-len(order) :]).transpose(order).reshape(shape)
+
+    def kernel_of(self, matrix, shape):
+        """What `matrix` was made of."""
+        order = self.summed + self.neurons
+        sizes = self.kernel_sizes(shape)
+        kernel = matrix.reshape([sizes[letter] for letter in order])
+        return kernel.transpose([order.index(letter) for letter in self.kernel]).reshape(shape)
