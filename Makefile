@@ -1,5 +1,7 @@
 # make demo: trains on scikit-learn's digits and draws a picture (about five minutes)
 # make test: lint, types and the whole test suite on the TensorFlow and the JAX backend
+# make browser: serves the page that runs a dense and a sparse network side by side (needs npm)
+# make browser-test: tests that page in headless Chromium (needs Node 20, npm and Chromium)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,7 +10,9 @@ KERAS_HUB = keras-hub==0.32.0 kagglehub==1.0.3 kagglesdk==0.1.28 tokenizers rege
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint bench clean
+PORT ?= 8000
+
+.PHONY: demo test lint bench browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -29,9 +33,18 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/structure_updates.py
 	$(BIN)/python benchmarks/block_inference.py
 	$(BIN)/python benchmarks/file_sizes.py
+	$(BIN)/python benchmarks/condensed.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/crash_and_resume.py
+
+browser:
+	cd examples/browser && npm install --silent --omit=dev
+	@echo "Open http://localhost:$(PORT)"
+	$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory examples/browser
+
+browser-test:
+	cd examples/browser && npm install --silent && PYTHON=$(PYTHON) npm test
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

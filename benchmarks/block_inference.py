@@ -15,10 +15,10 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
 from common import report  # noqa: E402
 
 import keras_sparseopt as kso  # noqa: E402
+from keras_sparseopt.deployment.convert import converted, exported, make_interpreter  # noqa: E402
 
 NETWORKS = {"1024": (1024, 1024), "4096": (4096, 4096), "BERT feed-forward": (768, 3072, 768)}
 AIMS = {("1024", 0.9, 1): 1.8, ("4096", 0.9, 1): 3.0}
@@ -33,16 +33,9 @@ def network(sizes, sparsity, structure, batch):
     return kso.strip(model)
 
 
-def converted(model, is_sparse):
-    converter = tf.lite.TFLiteConverter.from_keras_model(model)
-    if is_sparse:
-        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
-    return converter.convert()
-
-
 class Engine:
     def __init__(self, content, x):
-        self.interpreter = tf.lite.Interpreter(model_content=content, num_threads=1)
+        self.interpreter = make_interpreter(content)
         self.interpreter.allocate_tensors()
         (self.input,), (self.output,) = (
             self.interpreter.get_input_details(), self.interpreter.get_output_details(),
@@ -63,7 +56,8 @@ class Engine:
 def measure(sizes, sparsity, structure, batch, rounds):
     model = network(sizes, sparsity, structure, batch)
     x = np.random.default_rng(0).normal(size=(batch, sizes[0])).astype("float32")
-    files = [converted(model, is_sparse) for is_sparse in (False, True)]
+    with exported(model, x) as directory:
+        files = [converted(directory, sparse=is_sparse) for is_sparse in (False, True)]
     dense, sparse = engines = [Engine(content, x) for content in files]
     expected = np.asarray(model(x))
     difference = max(float(np.abs(engine.outputs() - expected).max()) for engine in engines)

@@ -16,10 +16,11 @@ import zlib
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
 import keras  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import numpy as np  # noqa: E402
 from common import report  # noqa: E402
 
 import keras_sparseopt as kso  # noqa: E402
+from keras_sparseopt.deployment.convert import converted, exported  # noqa: E402
 
 DENSE = "TFLite float32, dense"
 AIMS = [
@@ -27,16 +28,6 @@ AIMS = [
     ("TFLite float32, sparse", DENSE, 5.5),
     ("TFLite float16, sparse", DENSE, 9),
 ]
-
-
-def tflite(directory, half=False, int8=False, sparse=False):
-    converter = tf.lite.TFLiteConverter.from_saved_model(str(directory))
-    converter.optimizations = [tf.lite.Optimize.DEFAULT] if half or int8 else []
-    if half:
-        converter.target_spec.supported_types = [tf.float16]
-    if sparse:
-        converter.optimizations.append(tf.lite.Optimize.EXPERIMENTAL_SPARSITY)
-    return converter.convert()
 
 
 def files_of(model):
@@ -47,18 +38,11 @@ def files_of(model):
         kso.save_packed(model, directory / "model.ksp")
         yield ".keras", (directory / "model.keras").read_bytes()
         yield "save_packed", (directory / "model.ksp").read_bytes()
-        shape = (1, *model.input_shape[1:])
-        model.export(
-            str(directory / "saved"), format="tf_saved_model", verbose=False,
-            input_signature=[tf.TensorSpec(shape)],
-        )  # fmt: skip
-        for text, options in (
-            ("float32", {}),
-            ("float16", {"half": True}),
-            ("int8", {"int8": True}),
-        ):
-            yield f"TFLite {text}, dense", tflite(directory / "saved", **options)
-            yield f"TFLite {text}, sparse", tflite(directory / "saved", **options, sparse=True)
+    with exported(model, np.zeros((1, *model.input_shape[1:]), "float32")) as directory:
+        for values in ("float32", "float16", "int8"):
+            for zeros in ("dense", "sparse"):
+                content = converted(directory, values, sparse=zeros == "sparse")
+                yield f"TFLite {values}, {zeros}", content
 
 
 def main():

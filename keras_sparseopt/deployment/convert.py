@@ -90,14 +90,15 @@ def exported(model, inputs):
         yield directory
 
 
-def converted(directory, float16=False, sparse=True):
-    """The bytes of a TFLite file, with or without its zeros."""
+def converted(directory, values="float32", sparse=True):
+    """The bytes of a TFLite file, its values `"float32"`, `"float16"` or `"int8"` (dynamic)."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(directory)
     converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if sparse else []
-    if float16:
+    if values != "float32":
         converter.optimizations.append(tf.lite.Optimize.DEFAULT)
+    if values == "float16":
         converter.target_spec.supported_types = [tf.float16]
     return converter.convert()
 

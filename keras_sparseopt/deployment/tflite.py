@@ -114,9 +114,10 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
             )
     check_place(path)
     inputs = check_exportable(model, inputs, batch_size or 1)
+    values = "float16" if float16 else "float32"
     with exported(model, inputs) as directory:
-        dense, sparse = converted(directory, sparse=False), converted(directory, float16)
-    difference = _largest_difference(model, sparse, inputs, float16)
+        dense, sparse = converted(directory, sparse=False), converted(directory, values)
+    difference = _largest_difference(model, sparse, inputs, values)
     if not float16:
         _warn_of_wrong_outputs(read_file(sparse, model))
     found, missing = _match(model, _stored(sparse))
@@ -134,12 +135,12 @@ def _warn_of_wrong_outputs(found):
         )
 
 
-def _largest_difference(model, content, inputs, float16):
+def _largest_difference(model, content, inputs, values):
     run = make_interpreter(content).get_signature_runner()
     given = dict(zip(input_names(model, inputs), keras.tree.flatten(inputs)))
     outputs, expected = run(**given), _outputs(model, inputs)
     without = _outputs(model, keras.tree.map_structure(np.zeros_like, inputs))
-    tolerance, largest = _TOLERANCE["float16" if float16 else "float32"], 0.0
+    tolerance, largest = _TOLERANCE[values], 0.0
     for name, value in expected.items():
         difference = _relative(outputs[name], value)
         if not difference <= tolerance:  # NaN as well
@@ -147,7 +148,11 @@ def _largest_difference(model, content, inputs, float16):
             raise ValueError(
                 f"The file does not compute what the model does: '{name}' differs by "
                 f"{difference:.1e} of its largest value. Nothing was written."
-                + (hint if float16 and "4" in [how for *_, how in _stored(content)] else "")
+                + (
+                    hint
+                    if values == "float16" and "4" in [how for *_, how in _stored(content)]
+                    else ""
+                )
             )
         if _relative(without[name], value) < 10 * tolerance:
             warnings.warn(
@@ -157,6 +162,10 @@ def _largest_difference(model, content, inputs, float16):
             )
         largest = max(largest, difference)
     return largest
+
+
+def _has_blocks(content):
+    return any(how == "4" for *_, how in _stored(content))
 
 
 def _outputs(model, inputs):
