@@ -9,13 +9,12 @@ single layer, SciPy's CSR take their turns, too. Ratios of medians, dense over t
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
-import random
 import subprocess
 import sys
-import time
 
 SIZES = {
     "1024": (1024, 1024),
@@ -35,6 +34,10 @@ def worker(seconds):
     import keras_sparseopt as kso
     from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host
     from keras_sparseopt.deployment.convert import converted, exported, make_interpreter
+    from keras_sparseopt.deployment.timing import milliseconds
+
+    def done(way, x):
+        host(way(x))
 
     def whole(model, jit=True):
         if IS_TENSORFLOW:
@@ -62,7 +65,6 @@ def worker(seconds):
         bias = host(layer.bias)[:, None]
         return lambda x: (matrix @ x.T + bias).T
 
-    rng = random.Random(0)
     for name, sizes in SIZES.items():
         for structure in STRUCTURES:
             for sparsity in SPARSITIES:
@@ -87,19 +89,15 @@ def worker(seconds):
                         ways["TFLite"] = tflite(model, x)
                         if len(sizes) == 2:
                             ways["SciPy"] = csr(model)
-                    expected, times = host(model(x)), {way: [] for way in ways}
+                    expected = host(model(x))
                     for way, function in ways.items():
                         np.testing.assert_allclose(
                             host(function(x)), expected, rtol=1e-3, atol=1e-3, err_msg=way
                         )
-                    end, turn = time.perf_counter() + seconds, list(ways.items())
-                    while time.perf_counter() < end:
-                        rng.shuffle(turn)  # what ran before leaves its threads and caches behind
-                        for way, function in turn:
-                            start = time.perf_counter()
-                            host(function(x))
-                            times[way].append(time.perf_counter() - start)
-                    found = {way: 1000 * float(np.median(own)) for way, own in times.items()}
+                    found = milliseconds(
+                        [functools.partial(done, way, x) for way in ways.values()], seconds
+                    )
+                    found = dict(zip(ways, found))
                     dense = min(found["dense"], found.pop("dense, no XLA", np.inf))
                     sizes_of = [
                         sum(row[key] for row in every.layers)

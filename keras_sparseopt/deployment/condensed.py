@@ -1,10 +1,10 @@
 """Dense layers that multiply without their zeros, in Keras itself."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 import keras
@@ -17,10 +17,11 @@ from keras_sparseopt.checks import check_float, check_int
 from keras_sparseopt.conversion import check_built, strip
 from keras_sparseopt.deployment.convert import example_inputs
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
+from keras_sparseopt.deployment.timing import milliseconds
 from keras_sparseopt.topology import kernels_of
 
 _ROWS_AT_ONCE = 4  # rows of indices in one turn of the loop: two to four times as fast as one
-_MOST_NONZERO = 0.5
+_FEWEST_ZEROS = 0.5
 
 
 @keras.saving.register_keras_serializable(package="keras_sparseopt")
@@ -111,7 +112,8 @@ class CondensedDense(keras.layers.Layer):
 
 def _product(rows, indices, values):
     """Rows (batch, inputs) times the matrix that the other two (fan-in, neurons) stand for."""
-    wide = "float32" if values.dtype in ("float16", "bfloat16") else rows.dtype
+    dtype = keras.backend.standardize_dtype(rows.dtype)
+    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
     columns, values = ops.cast(ops.transpose(rows), wide), ops.cast(values, wide)
 
     def add(turn, sums):
@@ -123,7 +125,7 @@ def _product(rows, indices, values):
 
     start = ops.zeros((values.shape[1], ops.shape(rows)[0]), wide)
     sums = ops.fori_loop(0, values.shape[0] // _ROWS_AT_ONCE, add, start)
-    return ops.cast(ops.transpose(sums), rows.dtype)
+    return ops.cast(ops.transpose(sums), dtype)
 
 
 _multiply = compiled(_product)  # TensorFlow would run the loop op by op
@@ -244,7 +246,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
             "stays_dense": why,
         }  # fmt: skip
         found.append(row)
-        if not why and zeros <= _MOST_NONZERO:
+        if not why and zeros <= _FEWEST_ZEROS:
             row["stays_dense"] = "no more than half of it is 0"
         elif not why and row["rows"] is None:
             row["stays_dense"] = "not used for these inputs"
@@ -361,21 +363,19 @@ def _milliseconds(layer, condensed, rows):
     values = ops.cast(tensor_of(condensed.values), dtype)
     given = np.random.default_rng(0).normal(size=(rows, kernel.shape[0]))
     given = ops.cast(ops.convert_to_tensor(given.astype("float32")), dtype)
-    ways = [
-        (_multiply, given, tensor_of(condensed.indices), values),
-        *((way, given, kernel) for way in _DENSE),
-    ]
-    for way, *arguments in ways:
-        host(way(*arguments))  # compiles
-    times: list = [[] for _ in ways]
-    end = time.perf_counter() + _SECONDS
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for (way, *arguments), own in zip(ways, times):
-            start = time.perf_counter()
-            host(way(*arguments))
-            own.append(time.perf_counter() - start)
-    sparse, *dense = (1000 * float(np.median(own)) for own in times)
+    indices = tensor_of(condensed.indices)
+    sparse, *dense = milliseconds(
+        [
+            functools.partial(_done, _multiply, given, indices, values),
+            *(functools.partial(_done, way, given, kernel) for way in _DENSE),
+        ],
+        _SECONDS,
+    )
     return min(dense), sparse
+
+
+def _done(function, *arguments):
+    host(function(*arguments))  # waits for it
 
 
 def _dense(rows, matrix):

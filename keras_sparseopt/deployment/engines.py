@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import time
 from typing import Any
 
 import keras
@@ -18,6 +17,7 @@ from keras_sparseopt.deployment.convert import (
     make_interpreter,
 )
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
+from keras_sparseopt.deployment.timing import milliseconds
 
 _UNARY = {
     "ABS", "CEIL", "ELU", "FLOOR", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "PRELU", "RELU",
@@ -158,15 +158,7 @@ def _speedup(matrix, rows):
     interpreters = [make_interpreter(content) for content in files]
     for interpreter in interpreters:
         interpreter.allocate_tensors()
-        interpreter.invoke()
-    times: list = [[] for _ in files]
-    end = time.perf_counter() + _SECONDS
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for interpreter, own in zip(interpreters, times):
-            start = time.perf_counter()
-            interpreter.invoke()
-            own.append(time.perf_counter() - start)
-    dense, sparse = (float(np.median(own)) for own in times)
+    dense, sparse = milliseconds([x.invoke for x in interpreters], _SECONDS)
     return dense / sparse
 
 
