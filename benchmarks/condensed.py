@@ -34,7 +34,7 @@ def worker(seconds):
     import keras_sparseopt as kso
     from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host
     from keras_sparseopt.deployment.convert import converted, exported, make_interpreter
-    from keras_sparseopt.deployment.timing import milliseconds
+    from keras_sparseopt.deployment.measuring import milliseconds
 
     def done(way, x):
         host(way(x))

@@ -227,7 +227,7 @@ def calls_recorded():
     @functools.wraps(original)
     def record(self, *args, **kwargs):
         outputs = original(self, *args, **kwargs)
-        called.append((self, args[0] if args else None))
+        called.append((self, next(iter((*args, *kwargs.values())), None)))
         return outputs
 
     keras.layers.Layer.__call__ = record
@@ -238,8 +238,9 @@ def calls_recorded():
 
 
 def layers_of_graphs(model):
-    """The layers that a functional or sequential model's file names, those of nested ones too."""
-    functional = functional_of(model)
+    """The layers that the config of a functional or sequential model holds, of nested ones too."""
+    is_of_keras = type(model).__module__.startswith("keras.")  # others have a config of their own
+    functional = functional_of(model) if is_of_keras else None
     found: list = []
     for operation in () if functional is None else functional.operations:
         found += [operation, *layers_of_graphs(operation)]
@@ -248,10 +249,11 @@ def layers_of_graphs(model):
 
 def become(layer, other):
     """Let a layer be another one, wherever it lies: in graphs, in layers, in lists."""
-    graph = {name: vars(layer)[name] for name in ("_inbound_nodes", "_outbound_nodes")}
+    names = "_inbound_nodes", "_outbound_nodes", "_build_shapes_dict"
+    place = {name: vars(layer)[name] for name in names if name in vars(layer)}
     layer.__class__ = type(other)
     vars(layer).clear()
-    vars(layer).update({**vars(other), **graph})
+    vars(layer).update({**vars(other), **place})
 
 
 def symbolic_call(function, *args, **kwargs):

@@ -53,11 +53,11 @@ def test_it_computes_the_same_without_the_zeros(kind):
     np.testing.assert_allclose(array(condensed.model(x)), array(model(x)), rtol=1e-5, atol=1e-6)
     assert not np.array_equal(array(model(0 * x)), array(model(x)))
     # by hand: as many entries as the largest fan-in, in fours, and none of them lost
-    np.testing.assert_array_equal(layer.kernel(), kernel)
+    np.testing.assert_array_equal(array(layer.kernel), kernel)
     assert np.count_nonzero(array(layer.values)) == np.count_nonzero(kernel)
     fan_in, neurons = layer.values.shape
-    assert fan_in == layer.fan_in and fan_in % 4 == 0
-    assert row["rows"] == x.size * neurons // kernel.size
+    assert fan_in == layer.fan_in_entries and fan_in % 4 == 0
+    assert row["rows"] == [x.size * neurons // kernel.size]
 
 
 @hypothesis.given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 9), st.floats(0.5, 1))
@@ -120,7 +120,8 @@ def test_a_whole_model_and_its_files(tmp_path):
     condensed = found.model
     names = [row["name"] for row in found.layers if not row["stays_dense"]]
     assert {"wide", "back", "nested", "shared", "owned", "query", "attention_output"} <= {*names}
-    assert {row["name"]: row["rows"] for row in found.layers}["wide"] == 18
+    assert {row["name"]: row["rows"] for row in found.layers}["wide"] == [18]
+    assert {row["name"]: row["rows"] for row in found.layers}["shared"] == [18, 18]
     assert str(found).endswith("bytes of weights")
     # what was given is as it was
     assert model.compiled and type(model.get_layer("shared")) is layers.Dense
@@ -149,7 +150,7 @@ def test_a_whole_model_and_its_files(tmp_path):
         kso.save_packed(condensed, tmp_path / "m.ksp")
         same(kso.load_packed(tmp_path / "m.ksp"))
     same(again)
-    assert type(again.get_layer("block").wide) is CondensedDense
+    assert isinstance(again.get_layer("block").wide, CondensedDense)
 
 
 @pytest.mark.backend("tensorflow")
@@ -162,6 +163,121 @@ def test_it_can_be_exported(tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 6, 8)).astype("float32")
     served = tf.saved_model.load(tmp_path / "served")
     np.testing.assert_allclose(array(served.serve(x)), array(model(x)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="must be as it was before `condense`.*shared"):
+        kso.export_tflite(condensed, tmp_path / "m.tflite", inputs=x)
+
+
+class InList(layers.Layer):
+    """Keras names what lies in a list by its class."""
+
+    def build(self, shape):
+        self.parts = [layers.Dense(shape[-1]), layers.Dense(shape[-1])]
+        for part in self.parts:
+            part.build(shape)
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(inputs=x)
+        return x
+
+
+class Twice(layers.Wrapper):
+    def call(self, x):
+        return self.layer(self.layer(x))
+
+
+class WithConfig(keras.Model):
+    """A functional model with a config of its own, as Keras Hub's backbones are."""
+
+    def __init__(self, width, **options):
+        inputs = keras.Input((5,))
+        super().__init__(inputs, layers.Dense(width, name="inner")(inputs), **options)
+        self.width = width
+
+    def get_config(self):
+        return {"width": self.width, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.Sequential([keras.Input((5,)), InList()]),
+        lambda: keras.Sequential([keras.Input((5,)), Twice(layers.Dense(5))]),
+        lambda: WithConfig(7),
+        lambda: keras.Sequential([keras.Input((5,)), WithConfig(7)]),
+    ],
+)
+def test_what_lies_in_other_things_comes_back_as_it_was(make, tmp_path):
+    model = make()
+    kso.strip(kso.sparsify(model, 0.8, "uniform"))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5)).astype("float32")
+    found = kso.condense(model, min_speedup=0)
+    assert found.layers and not any(row["stays_dense"] for row in found.layers)
+    found.model.save(tmp_path / "m.keras")
+    custom = {kind.__name__: kind for kind in (InList, Twice, WithConfig)}
+    loaded = keras.models.load_model(tmp_path / "m.keras", custom)
+    for other in (found.model, loaded):
+        np.testing.assert_allclose(array(other(x)), array(model(x)), rtol=1e-5, atol=1e-6)
+    assert layers.Dense in map(type, loaded._flatten_layers())
+
+
+def test_masks_of_inputs_go_on(tmp_path):
+    model = keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            layers.Embedding(9, 6, mask_zero=True),
+            layers.Dense(8, name="dense"),
+            layers.GlobalAveragePooling1D(),
+        ]
+    )
+    kso.sparsify(model, 0.8)
+    x = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
+    condensed = kso.condense(model, inputs=x, min_speedup=0).model
+    condensed.save(tmp_path / "m.keras")
+    for other in (condensed, keras.models.load_model(tmp_path / "m.keras")):
+        assert type(other.get_layer("dense")) is CondensedDense
+        np.testing.assert_allclose(array(other(x)), array(model(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_of_another_width_are_an_error():
+    model, _ = network(KINDS["dense"])
+    layer = kso.condense(model, min_speedup=0).model.layers[0]
+    for width in (4, 10):
+        with pytest.raises(ValueError, match="must fit a kernel of shape .5, 7.*Received"):
+            layer(np.ones((2, width), "float32"))
+
+
+class Tied(layers.Layer):
+    def build(self, shape):
+        self.dense = layers.Dense(3)
+        self.dense.build(shape)
+
+    def call(self, x):
+        return keras.ops.matmul(self.dense(x), keras.ops.transpose(self.dense.kernel))
+
+
+def test_a_kernel_that_others_read_is_there():
+    model = keras.Sequential([keras.Input((5,)), Tied()])
+    kso.sparsify(model, 0.8)
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype("float32")
+    found = kso.condense(model, min_speedup=0)
+    assert not found.layers[0]["stays_dense"]
+    np.testing.assert_allclose(array(found.model(x)), array(model(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_that_computes_something_else_is_an_error(monkeypatch):
+    from keras_sparseopt.deployment import condensed
+
+    model, _ = network(KINDS["dense"])
+    product = condensed._multiply
+    monkeypatch.setattr(condensed, "_multiply", lambda *arrays: -product(*arrays))
+    with pytest.raises(ValueError, match="does not compute what the model does"):
+        kso.condense(model, min_speedup=0)
 
 
 def test_only_what_becomes_faster_is_condensed():
@@ -195,6 +311,17 @@ def test_scipy_matrices():
         matrices["owned"].nnz
         == kso.sparse_weights(model.get_layer("owned"))[0].topology.num_active()
     )
+
+
+def test_scipy_matrices_of_one_name_and_of_none():
+    model = keras.Sequential([keras.Input((5,)), InList(), InList()])
+    for part in model.layers:
+        for layer in part.parts:
+            layer.name = "ff"
+    kso.sparsify(model, 0.8)
+    assert len(kso.csr_matrices(model)) == 4
+    with pytest.raises(ValueError, match="as they were before `condense`"):
+        kso.csr_matrices(kso.condense(network(KINDS["dense"])[0], min_speedup=0).model)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Dense layers that multiply without their zeros, in Keras itself."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import tempfile
@@ -16,12 +18,13 @@ from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host, tensor_of
 from keras_sparseopt.checks import check_float, check_int
 from keras_sparseopt.conversion import check_built, strip
 from keras_sparseopt.deployment.convert import example_inputs
+from keras_sparseopt.deployment.measuring import milliseconds, relative_difference
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
-from keras_sparseopt.deployment.timing import milliseconds
 from keras_sparseopt.topology import kernels_of
 
 _ROWS_AT_ONCE = 4  # rows of indices in one turn of the loop: two to four times as fast as one
 _FEWEST_ZEROS = 0.5
+_TOLERANCE = 0.02  # of the largest output; half precision has 3 digits
 
 
 @keras.saving.register_keras_serializable(package="keras_sparseopt")
@@ -38,25 +41,28 @@ class CondensedDense(keras.layers.Layer):
     Args:
         equation: String, the einsum that the layer was, with its kernel second.
         kernel_shape: Shape of that kernel.
-        fan_in: Int, entries per neuron.
+        fan_in_entries: Int, entries per neuron.
         bias_shape: Shape of the bias, `None` (default) for none.
         activation: As in `keras.layers.Dense`, defaults to `None`.
+        supports_masking: Bool, whether a mask of the inputs goes on to the outputs, defaults to
+            `False`.
     """
 
     def __init__(
-        self, equation, kernel_shape, fan_in, bias_shape=None, activation=None, **options
+        self, equation, kernel_shape, fan_in_entries, bias_shape=None, activation=None,
+        supports_masking=False, **options,
     ):  # fmt: skip
         super().__init__(**options)
         self.equation = equation
         self.kernel_shape = tuple(kernel_shape)
-        self.fan_in = fan_in
+        self.fan_in_entries = fan_in_entries
         self.bias_shape = None if bias_shape is None else tuple(bias_shape)
         self.activation = keras.activations.get(activation)
-        self.is_in_graph = True
+        self.supports_masking = supports_masking
 
     def build(self, input_shape=None):
         inputs, neurons = Letters(self.equation).matrix_shape(self.kernel_shape)
-        shape, dtype = (self.fan_in, neurons), "uint16" if inputs <= 2**16 else "int32"
+        shape, dtype = (self.fan_in_entries, neurons), "uint16" if inputs <= 2**16 else "int32"
         self.values = self.add_weight(shape, "zeros", trainable=False, name="values")
         self.indices = self.add_weight(shape, "zeros", dtype, trainable=False, name="indices")
         self.bias: Any = None
@@ -66,10 +72,14 @@ class CondensedDense(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         letters = Letters(self.equation, len(inputs.shape))
-        sizes = {
-            **letters.kernel_sizes(self.kernel_shape),
-            **dict(zip(letters.given, ops.shape(inputs))),
-        }
+        kernel_sizes = letters.kernel_sizes(self.kernel_shape)
+        given = dict(zip(letters.given, inputs.shape))
+        if any(given[letter] not in (None, kernel_sizes[letter]) for letter in letters.summed):
+            raise ValueError(
+                f"The inputs of '{self.name}' must fit a kernel of shape {self.kernel_shape} by "
+                f"{self.equation}. Received: inputs of shape {tuple(inputs.shape)}"
+            )
+        sizes = {**dict(zip(letters.given, ops.shape(inputs))), **kernel_sizes}
         order = letters.rows + letters.summed
         rows = ops.transpose(inputs, [letters.given.index(letter) for letter in order])
         rows = ops.reshape(rows, (-1, math.prod(sizes[letter] for letter in letters.summed)))
@@ -86,28 +96,43 @@ class CondensedDense(keras.layers.Layer):
             **super().get_config(),
             "equation": self.equation,
             "kernel_shape": self.kernel_shape,
-            "fan_in": self.fan_in,
+            "fan_in_entries": self.fan_in_entries,
             "bias_shape": self.bias_shape,
             "activation": keras.activations.serialize(self.activation),
+            "supports_masking": self.supports_masking,
         }
 
+    @property
     def kernel(self):
-        """The kernel with its zeros, as a NumPy array."""
+        """The kernel with its zeros: a tensor, made anew each time."""
         letters = Letters(self.equation)
         matrix = np.zeros(letters.matrix_shape(self.kernel_shape), self.values.dtype)
         neurons = np.arange(matrix.shape[1])
         for indices, values in zip(host(self.indices), host(self.values)):
             matrix[indices, neurons] += values
-        return letters.kernel_of(matrix, self.kernel_shape)
+        return ops.convert_to_tensor(letters.kernel_of(matrix, self.kernel_shape))
+
+
+class _Inside(CondensedDense):
+    """One that lies in another layer, or in a model with a config of its own.
+
+    What is around it makes the layer anew that this one was, so it is saved as that.
+    """
+
+    def get_config(self):
+        return self.config_before
 
     def save_own_variables(self, store):
-        if self.is_in_graph:
-            super().save_own_variables(store)
-            return
-        # The layer around it makes the layer anew that this one was.
-        weights = [self.kernel(), *([] if self.bias is None else [host(self.bias)])]
+        weights = [host(self.kernel), *([] if self.bias is None else [host(self.bias)])]
         for position, weight in enumerate(weights):
             store[str(position)] = weight
+
+
+@functools.cache
+def _inside(kind: Any) -> Any:
+    """`_Inside` under the name of a class of Keras: by that it is found in files."""
+    names = ("__name__", "__qualname__", "__module__")
+    return type(kind.__name__, (_Inside,), {name: getattr(kind, name) for name in names[1:]})
 
 
 def _product(rows, indices, values):
@@ -154,9 +179,9 @@ class CondensedModel:
     Attributes:
         model: The Keras model.
         layers: List of dicts, one for each layer with zeros that could be condensed or might be
-            expected to: `name`, `zeros` (share), `rows` (that it multiplies at once),
-            `dense_ms`, `condensed_ms` (medians), `dense_bytes`, `condensed_bytes`, and
-            `stays_dense`: why, empty for a condensed one.
+            expected to: `name`, `zeros` (share), `rows` (list, that it multiplies in each call),
+            `dense_ms`, `condensed_ms` (medians, of all its calls), `dense_bytes`,
+            `condensed_bytes`, and `stays_dense`: why, empty for a condensed one.
     """
 
     model: keras.Model
@@ -166,15 +191,16 @@ class CondensedModel:
         done = [row for row in self.layers if not row["stays_dense"]]
         lines = []
         for row in self.layers:
-            line = f"{row['name']}: {row['zeros']:.1%} zeros, "
+            line = f"{row['name']}: {row['zeros']:.1%} zeros"
             if row["dense_ms"] is not None:
                 line += (
-                    f"{row['rows']} rows: {row['dense_ms']:.3f} → {row['condensed_ms']:.3f} ms, "
+                    f", {sum(row['rows'])} rows: "
+                    f"{row['dense_ms']:.3f} → {row['condensed_ms']:.3f} ms, "
                     f"{row['dense_bytes']:,} → {row['condensed_bytes']:,} bytes"
                 )
             if row["stays_dense"]:
                 line += f"; stays dense: {row['stays_dense']}"
-            lines.append(line.replace(", ;", ";"))
+            lines.append(line)
         before, after = (
             sum(row[key] for row in done) for key in ("dense_bytes", "condensed_bytes")
         )
@@ -192,8 +218,9 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
     `ConstantFanIn`: each neuron stores as many weights as the one with the largest fan-in.
 
     The copy has no masks, is not compiled, and cannot be trained. It is saved, loaded and exported
-    as any Keras model. A layer that was condensed inside of another one (attention, a block of a
-    transformer) comes back from a file as what it was: `condense` the loaded model again.
+    as any Keras model (for `export_tflite` take the model before). A layer that was condensed
+    inside of another one (attention, a block of a transformer), or in a model with a `get_config`
+    of its own, comes back from a file as what it was: `condense` the loaded model again.
 
     Args:
         model: Built Keras model that Keras can save and load, with masks or plain with zeros.
@@ -208,7 +235,8 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: For a wrong argument, or if Keras cannot copy the model. It has not changed.
+        ValueError: For a wrong argument, if Keras cannot copy the model, or if the copy then
+            computes something else. The model has not changed.
 
     Example:
 
@@ -231,7 +259,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
     check_built(model)
     inputs = example_inputs(model, inputs, batch_size)
     copied = _plain_copy(model)
-    rows_of = _rows(copied, inputs)
+    rows_of, expected = _rows(copied, inputs)
     in_graph = {id(layer) for layer in keras_internals.layers_of_graphs(copied)}
     found = []
     for kernel in kernels_of(copied):
@@ -241,26 +269,36 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
             continue
         equation, why = equation_of(layer)
         row = {
-            "name": layer.name, "zeros": zeros, "rows": rows_of.get(id(layer)), "dense_ms": None,
-            "condensed_ms": None, "dense_bytes": matrix.nbytes, "condensed_bytes": None,
-            "stays_dense": why,
+            "name": layer.name, "zeros": zeros, "rows": rows_of.get(id(layer), []),
+            "dense_ms": None, "condensed_ms": None, "dense_bytes": matrix.nbytes,
+            "condensed_bytes": None, "stays_dense": why,
         }  # fmt: skip
         found.append(row)
         if not why and zeros <= _FEWEST_ZEROS:
             row["stays_dense"] = "no more than half of it is 0"
-        elif not why and row["rows"] is None:
-            row["stays_dense"] = "not used for these inputs"
+        elif not why and not row["rows"]:
+            row["stays_dense"] = "it is not called by itself"
         if row["stays_dense"]:
             continue
-        condensed = _condensed_layer(layer, equation, matrix)
+        condensed = _condensed_layer(layer, equation, matrix, id(layer) in in_graph)
         row["condensed_bytes"] = sum(host(v).nbytes for v in condensed.weights[:2])
         row["dense_ms"], row["condensed_ms"] = _milliseconds(layer, condensed, row["rows"])
         if row["dense_ms"] < min_speedup * row["condensed_ms"]:
             row["stays_dense"] = "not faster"
             continue
-        condensed.is_in_graph = id(layer) in in_graph
         keras_internals.become(layer, condensed)
+    for value, wanted in zip(_outputs(copied, inputs), expected):
+        difference = relative_difference(value, wanted)
+        if not difference <= _TOLERANCE:
+            raise ValueError(
+                "The condensed model does not compute what the model does: its outputs differ by "
+                f"{difference:.1e} of the largest. Received: model '{model.name}'"
+            )
     return CondensedModel(copied, found)
+
+
+def _outputs(model, inputs):
+    return [host(x) for x in keras.tree.flatten(model(inputs, training=False))]
 
 
 def _plain_copy(model):
@@ -269,7 +307,7 @@ def _plain_copy(model):
         with tempfile.TemporaryDirectory() as directory:
             path = pathlib.Path(directory) / "model.keras"
             model.save(path)
-            return strip(keras.models.load_model(path, own, compile=False))
+            return strip(keras.models.load_model(path, own, compile=False, safe_mode=False))
     except Exception as error:
         raise ValueError(
             "`model` must be one that Keras can save and load: the classes of its parts "
@@ -289,10 +327,11 @@ def csr_matrices(model):
     Returns:
         Dict from the name of each `Dense`, `EinsumDense` that is a product of two matrices, and 1×1
         convolution that has zeros, to a `scipy.sparse.csr_array` of shape (neurons, inputs).
-        Layers with one name are told apart by their path.
+        Layers with one name are told apart by their path, and a number.
 
     Raises:
         TypeError: If `model` is not a Keras model.
+        ValueError: If it has no such layer.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -312,24 +351,33 @@ def csr_matrices(model):
     import scipy.sparse
 
     check_built(model)
-    matrices = {}
+    matrices = dict[str, Any]()
     for kernel in kernels_of(model):
         equation, _ = equation_of(kernel.layer)
         matrix = active_values(kernel.variable)
         if equation is not None and not matrix.all():
-            name = kernel.layer.name
-            name = kernel.variable.path.removesuffix("/kernel") if name in matrices else name
+            path = kernel.variable.path.removesuffix("/kernel")
+            more = (f"{path}_{number}" for number in itertools.count(1))
+            names = itertools.chain([kernel.layer.name, path], more)
+            name = next(name for name in names if name not in matrices)
             matrices[name] = scipy.sparse.csr_array(Letters(equation).matrix(matrix).T)
+    if not matrices:
+        raise ValueError(
+            "`model` must have dense layers with zeros, as they were before `condense`. "
+            f"Received: model '{model.name}'"
+        )
     return matrices
 
 
-def _condensed_layer(layer, equation, kernel):
+def _condensed_layer(layer, equation, kernel, is_in_graph):
     indices, values = _condensed(Letters(equation).matrix(kernel))
     bias = layer.bias
-    condensed = CondensedDense(
+    kind: Any = type(layer)
+    condensed = (CondensedDense if is_in_graph else _inside(kind))(
         equation, kernel.shape, len(values), None if bias is None else bias.shape,
-        layer.activation, name=layer.name, dtype=layer.dtype_policy,
+        layer.activation, layer.supports_masking, name=layer.name, dtype=layer.dtype_policy,
     )  # fmt: skip
+    condensed.config_before = layer.get_config()
     condensed.build()
     condensed.values.assign(values)
     condensed.indices.assign(indices.astype(condensed.indices.dtype))
@@ -339,39 +387,41 @@ def _condensed_layer(layer, equation, kernel):
 
 
 def _rows(model, inputs):
-    """By the id of a layer: how many rows it multiplies at once, in one call of the model."""
+    """By the id of a layer: how many rows it multiplies in each call; and the model's outputs."""
     with keras_internals.calls_recorded() as called:
-        model(inputs, training=False)
-    rows = dict[int, int]()
+        outputs = _outputs(model, inputs)
+    rows = collections.defaultdict[int, list[int]](list)
     for layer, given in called:
         equation, _ = equation_of(layer)
-        if equation is not None and id(layer) not in rows:
+        if equation is not None:
             letters = Letters(equation, len(given.shape))
             sizes = dict(zip(letters.given, given.shape))
-            rows[id(layer)] = math.prod(sizes[letter] for letter in letters.rows)
-    return rows
+            rows[id(layer)].append(math.prod(sizes[letter] for letter in letters.rows))
+    return rows, outputs
 
 
 _SECONDS = 0.15  # to measure one layer for
 
 
-def _milliseconds(layer, condensed, rows):
-    """Medians per call, dense and condensed, on that many rows."""
+def _milliseconds(layer, condensed, calls):
+    """Dense and condensed, of calls with so many rows each: sums of medians."""
     letters = Letters(condensed.equation)
     dtype = condensed.compute_dtype
     kernel = ops.cast(letters.matrix(host(layer.kernel)), dtype)
-    values = ops.cast(tensor_of(condensed.values), dtype)
-    given = np.random.default_rng(0).normal(size=(rows, kernel.shape[0]))
-    given = ops.cast(ops.convert_to_tensor(given.astype("float32")), dtype)
-    indices = tensor_of(condensed.indices)
-    sparse, *dense = milliseconds(
-        [
-            functools.partial(_done, _multiply, given, indices, values),
-            *(functools.partial(_done, way, given, kernel) for way in _DENSE),
-        ],
-        _SECONDS,
-    )
-    return min(dense), sparse
+    values, indices = ops.cast(tensor_of(condensed.values), dtype), tensor_of(condensed.indices)
+    total = np.zeros(2)
+    for rows, times in collections.Counter(calls).items():
+        given = np.random.default_rng(0).normal(size=(rows, kernel.shape[0])).astype("float32")
+        given = ops.cast(ops.convert_to_tensor(given), dtype)
+        sparse, *dense = milliseconds(
+            [
+                functools.partial(_done, _multiply, given, indices, values),
+                *(functools.partial(_done, way, given, kernel) for way in _DENSE),
+            ],
+            _SECONDS,
+        )
+        total += times * np.array([min(dense), sparse])
+    return total.tolist()
 
 
 def _done(function, *arguments):

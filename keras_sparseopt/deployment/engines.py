@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from typing import Any
 
 import keras
 import numpy as np
@@ -16,8 +15,8 @@ from keras_sparseopt.deployment.convert import (
     exported,
     make_interpreter,
 )
+from keras_sparseopt.deployment.measuring import milliseconds
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
-from keras_sparseopt.deployment.timing import milliseconds
 
 _UNARY = {
     "ABS", "CEIL", "ELU", "FLOOR", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "PRELU", "RELU",
@@ -128,7 +127,7 @@ def read_file(content, model, measure=False):
             "More than two thirds of the weights of all 1×1 convolutions must be 0: "
             f"{zeros:.1%} are."
         )
-    dense, speedups = dict[str, str](), dict[str, float]()
+    dense, speedups, measured = dict[str, str](), dict[str, float](), dict[tuple, float]()
     for op in graph.operations:
         if op.kind == _DENSE and graph.is_constant(op.inputs[1]):
             same = sum(name.partition(" (")[0] == op.name for name in dense)
@@ -137,9 +136,11 @@ def read_file(content, model, measure=False):
             if measure and dense[name] == "blocks":
                 neurons, inputs = graph.shape(op.inputs[1])
                 matrix = graph.matrix(op, inputs, neurons)
+                rows = math.prod(graph.shape(op.inputs[0])) // inputs
                 if matrix is not None:
-                    rows = math.prod(graph.shape(op.inputs[0])) // inputs
-                    speedups[name] = _speedup(matrix, rows)
+                    key = matrix.tobytes(), rows
+                    measured[key] = measured.get(key) or _speedup(matrix, rows)
+                    speedups[name] = measured[key]
     is_taken = bool(cluster) and not problems
     return SparseInference(is_taken, in_part, float(zeros), problems, dense, speedups)
 
@@ -293,7 +294,8 @@ class _Graph:
         self._schema, self._file = schema, schema.Model.GetRootAs(content, 0)
         self._graph = self._file.Subgraphs(0)
         kinds = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
-        self._layers = {x.name: x for x in keras_internals.all_layers(model)}
+        self._every = list(keras_internals.all_layers(model))
+        self._layers = {layer.name: layer for layer in self._every}
         self.outputs = set(map(int, self._graph.OutputsAsNumpy()))
         self.operations, self._unpacked, self._used, pads = [], {}, set(), {}
         for i in range(self._graph.OperatorsLength()):
@@ -372,12 +374,14 @@ class _Graph:
 
     def matrix(self, op, inputs, neurons):
         """The kernel of a dense layer as a matrix, or `None` if Keras has no such layer."""
-        layer: Any = self._layers.get(op.name)
-        equation = None if layer is None else equation_of(layer)[0]
-        if equation is None:
-            return None
-        matrix = Letters(equation).matrix(active_values(layer.kernel))
-        return matrix if matrix.shape == (inputs, neurons) else None
+        count = np.count_nonzero(self.constant(op.inputs[1]))
+        for layer in self._every:
+            equation = equation_of(layer)[0] if layer.name == op.name else None
+            if equation is not None:
+                matrix = Letters(equation).matrix(active_values(layer.kernel))
+                if matrix.shape == (inputs, neurons) and np.count_nonzero(matrix) == count:
+                    return matrix
+        return None
 
     def _is_float(self, tensor):
         kind = self._graph.Tensors(self._source(tensor)).Type()

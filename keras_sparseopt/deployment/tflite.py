@@ -18,6 +18,7 @@ from keras_sparseopt.deployment.convert import (
     make_interpreter,
 )
 from keras_sparseopt.deployment.engines import read_file
+from keras_sparseopt.deployment.measuring import relative_difference
 from keras_sparseopt.deployment.products import active_values
 from keras_sparseopt.files import check_place, write_aside
 from keras_sparseopt.topology import topology_of
@@ -69,7 +70,8 @@ def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
     `docs/deployment.md`. The model does not change. TensorFlow backend only.
 
     Args:
-        model: Built Keras model that `model.export` can export, with masks or plain with zeros.
+        model: Built Keras model that `model.export` can export, with masks or plain with zeros, not
+            condensed.
         path: String or `pathlib.Path` of the file.
         float16: Bool, defaults to `False`. `True` stores values in half precision; they are
             computed with in float32. Not for `Block(4, 1)`, which TFLite then computes wrongly: an
@@ -142,7 +144,7 @@ def _largest_difference(model, content, inputs, values):
     without = _outputs(model, keras.tree.map_structure(np.zeros_like, inputs))
     tolerance, largest = _TOLERANCE[values], 0.0
     for name, value in expected.items():
-        difference = _relative(outputs[name], value)
+        difference = relative_difference(outputs[name], value)
         if not difference <= tolerance:  # NaN as well
             hint = " TFLite computes blocks of 4 wrongly in half precision: leave out `float16`."
             raise ValueError(
@@ -154,7 +156,7 @@ def _largest_difference(model, content, inputs, values):
                     else ""
                 )
             )
-        if _relative(without[name], value) < 10 * tolerance:
+        if relative_difference(without[name], value) < 10 * tolerance:
             warnings.warn(
                 f"'{name}' hardly depends on the inputs, so that comparing it says little. A "
                 "trained model, or real `inputs`, make a better check.",
@@ -174,13 +176,6 @@ def _outputs(model, inputs):
     if isinstance(outputs, dict):
         return {name: host(value) for name, value in outputs.items()}
     return {f"output_{i}": host(v) for i, v in enumerate(keras.tree.flatten(outputs))}
-
-
-def _relative(value, expected):
-    """The largest difference, in parts of the largest expected value."""
-    value, expected = value.astype("float64"), expected.astype("float64")
-    difference = float(np.max(np.abs(value - expected), initial=0.0))
-    return difference / max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)
 
 
 def _match(model, stored):

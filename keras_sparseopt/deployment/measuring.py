@@ -1,8 +1,10 @@
-"""Times of things that are compared: medians, in turns."""
+"""What is compared: times in turns, and outputs."""
 
 import random
 import statistics
 import time
+
+import numpy as np
 
 
 def milliseconds(ways, seconds, least=5):
@@ -30,3 +32,10 @@ def milliseconds(ways, seconds, least=5):
             way()
             own.append(time.perf_counter() - start)
     return [1000 * statistics.median(own) for own in times]
+
+
+def relative_difference(value, expected):
+    """The largest difference between two arrays, in parts of the largest expected value."""
+    value, expected = value.astype("float64"), expected.astype("float64")
+    difference = float(np.max(np.abs(value - expected), initial=0.0))
+    return difference / max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)
