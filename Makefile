@@ -10,6 +10,7 @@ KERAS_HUB = keras-hub==0.32.0 kagglehub==1.0.3 kagglesdk==0.1.28 tokenizers rege
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
+PAGE = examples/browser
 PORT ?= 8000
 
 .PHONY: demo test lint bench browser browser-test clean
@@ -38,13 +39,18 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/crash_and_resume.py
 
-browser:
-	cd examples/browser && npm install --silent --omit=dev
+browser: $(PAGE)/node_modules/@litertjs/core/package.json
 	@echo "Open http://localhost:$(PORT)"
-	$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory examples/browser
+	$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory $(PAGE)
 
-browser-test:
-	cd examples/browser && npm install --silent && PYTHON=$(PYTHON) npm test
+browser-test: $(PAGE)/node_modules/puppeteer-core/package.json
+	cd $(PAGE) && PYTHON=$(PYTHON) npm test
+
+$(PAGE)/node_modules/@litertjs/core/package.json:
+	cd $(PAGE) && npm install --silent --omit=dev
+
+$(PAGE)/node_modules/puppeteer-core/package.json:
+	cd $(PAGE) && npm install --silent
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

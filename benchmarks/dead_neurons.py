@@ -68,7 +68,7 @@ def kernel(model, name):
 def counted(model):
     """Hidden neurons, those that are dead or unread, those that can go, and both FLOP ratios."""
     names = [layer.name for layer in model.layers if hasattr(layer, "kernel")]
-    pairs = [(a, b) for a, b in zip(names, names[1:]) if a.endswith("_a")]
+    pairs = [(name, f"{name[:-1]}b") for name in names if name.endswith("_a")]
     is_mlp = not pairs
     if is_mlp:
         pairs = list(zip(names, names[1:]))
@@ -77,16 +77,21 @@ def counted(model):
         name: np.prod(model.get_layer(name).output.shape[1:-1], dtype=int) for name in names
     }
     hidden = dead_or_unread = can_go = 0
+    unread: dict = {}
     kept = {name: [1.0, 1.0] for name in names}  # share of inputs and outputs, if all go
     exact = {name: [1.0, 1.0] for name in names}
+    kernels = {name: kernel(model, name) for name in names}
+    dead = {name: ~kernels[name].any(axis=(0, 1)) for name, _ in pairs}
+    for name, reader in reversed(pairs):  # what only unread ones read is unread
+        read = kernels[reader][:, :, ~unread[reader]] if reader in unread else kernels[reader]
+        unread[name] = ~read.any(axis=(0, 2))
     for name, reader in pairs:
-        dead = ~kernel(model, name).any(axis=(0, 1))
-        unread = ~kernel(model, reader).any(axis=(0, 2))
-        gone = unread | (dead & (is_mlp | (constant(model, name) == 0)))
-        hidden += len(dead)
-        dead_or_unread += (dead | unread).sum()
+        gone = unread[name] | (dead[name] & (is_mlp | (constant(model, name) == 0)))
+        either = dead[name] | unread[name]
+        hidden += len(gone)
+        dead_or_unread += either.sum()
         can_go += gone.sum()
-        for shares, out in ((kept, dead | unread), (exact, gone)):
+        for shares, out in ((kept, either), (exact, gone)):
             shares[name][1] = shares[reader][0] = 1 - out.mean()
     whole = sum(sizes[name] * positions[name] for name in names)
     ratios = [

@@ -63,7 +63,11 @@ def load(dataset, data_dir):
     return [data.batch(50_000).get_single_element() for data in splits]
 
 
-def training_data(images, labels, first_epoch, epochs, seed):
+def normalize(image, label):
+    return (tf.cast(image, tf.float32) / 255.0 - MEAN) / STD, label
+
+
+def training_data(images, labels, first_epoch, epochs, seed, prepare=normalize):
     """All epochs from `first_epoch` on, one after the other, each in an order of its own.
 
     Order and augmentation depend on (seed, epoch, image) only, so that a resumed training sees
@@ -76,7 +80,7 @@ def training_data(images, labels, first_epoch, epochs, seed):
             image = tf.image.resize_with_crop_or_pad(tf.gather(images, index), 40, 40)
             image = tf.image.stateless_random_crop(image, (32, 32, 3), seed=draw)
             image = tf.image.stateless_random_flip_left_right(image, seed=draw + 1)
-            return normalize(image, tf.gather(labels, index))
+            return prepare(image, tf.gather(labels, index))
 
         indices = tf.range(len(images), dtype=tf.int64)
         order = tf.random.experimental.stateless_shuffle(indices, tf.stack([seed, epoch]))
@@ -88,10 +92,6 @@ def training_data(images, labels, first_epoch, epochs, seed):
     last_epoch = max(epochs, first_epoch + 1)
     every = tf.data.Dataset.range(first_epoch, last_epoch).flat_map(one_epoch)
     return every.prefetch(tf.data.AUTOTUNE)
-
-
-def normalize(image, label):
-    return (tf.cast(image, tf.float32) / 255.0 - MEAN) / STD, label
 
 
 def make_optimizer(name, method, learning_rate):

@@ -1,0 +1,142 @@
+"""The networks of the browser page: a MobileNet on CIFAR-10, dense, 80 % and 90 % sparse.
+
+    python examples/browser_models.py      # about 80 minutes on two CPU cores
+
+All three are trained by one recipe, the sparse ones with RigL and SparseOpt. Writes to
+`examples/browser/models` each network as a TFLite file in half precision, zeros left out, and
+`models.json`: accuracies as they came out, and what each network computes for each sample image.
+The same command, run again, goes on where it stopped.
+"""
+
+import argparse
+import json
+import pathlib
+
+import cifar_resnet
+import keras
+import numpy as np
+import tensorflow as tf
+from cifar_resnet import BATCH_SIZE, DROP_FRACTION, MOMENTUM, UPDATE_EVERY
+from models import mobilenet
+from record import facts
+
+import keras_sparseopt as kso
+
+PAGE = pathlib.Path(__file__).parent / "browser"
+IMAGE_SIZE = 64  # twice CIFAR's: images are enlarged
+WIDTH = 0.5
+SPARSITIES = [0.0, 0.9, 0.8]
+LEARNING_RATE = 0.1
+WEIGHT_DECAY = 2e-3  # Keras' own: times the learning rate
+NOT_DECAYED = ["gamma", "beta", "bias", "depthwise"]
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data_dir", help="where tfds keeps (or puts) the dataset")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--steps_per_epoch", type=int, help="shorter epochs, for trials")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backup", default="runs", help="where the states of trainings go")
+    parser.add_argument("--output", default=PAGE / "models")
+    return parser.parse_args(argv)
+
+
+def prepare(image, label):
+    """Pixels from -1 to 1, as the page makes them, too."""
+    image = tf.image.resize(tf.cast(image, tf.float32), (IMAGE_SIZE, IMAGE_SIZE))
+    return image / 127.5 - 1.0, label
+
+
+def train(sparsity, args, data):
+    (train_x, train_y), (test_x, test_y) = data
+    steps = args.steps_per_epoch or len(train_x) // BATCH_SIZE
+    keras.utils.set_random_seed(args.seed)
+    model = mobilenet((IMAGE_SIZE, IMAGE_SIZE, 3), len(CLASSES), width=WIDTH, bn_momentum=0.9)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, args.epochs * steps, warmup_target=LEARNING_RATE, warmup_steps=steps // 2
+    )
+    optimizer = keras.optimizers.SGD(
+        schedule, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
+    )
+    optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
+    callbacks = []
+    if sparsity:
+        # Uniform: latency goes by the zeros of the large early layers, which ERK would keep.
+        kso.sparsify(model, sparsity, "uniform", seed=args.seed)
+        optimizer = kso.SparseOpt(optimizer)
+        callbacks.append(kso.RigL(UPDATE_EVERY, DROP_FRACTION))
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False,  # TensorFlow's depthwise convolutions are ten times slower in XLA on CPU
+    )
+    name = f"browser-{sparsity}-e{args.epochs}x{steps}-s{args.seed}"
+    backup = kso.BackupAndRestore(pathlib.Path(args.backup) / name)
+    test = tf.data.Dataset.from_tensor_slices((test_x, test_y)).map(prepare).batch(500)
+    first = backup.initial_epoch
+    history = model.fit(
+        cifar_resnet.training_data(train_x, train_y, first, args.epochs, args.seed, prepare),
+        epochs=args.epochs,
+        initial_epoch=first,
+        steps_per_epoch=steps,
+        shuffle=False,
+        callbacks=[*callbacks, backup],
+        verbose=2,
+    ).history
+    loss, accuracy = model.evaluate(test, verbose=0)
+    return model, {"test_accuracy": accuracy, "test_loss": loss, "history": history}
+
+
+def main(argv=None):
+    args = arguments(argv)
+    data = cifar_resnet.load("cifar10", args.data_dir)
+    directory = pathlib.Path(args.output)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = sorted((PAGE / "samples").glob("*.png"))
+    pixels = np.stack([keras.utils.img_to_array(keras.utils.load_img(path)) for path in paths])
+    samples, _ = prepare(pixels, None)
+    networks = []
+    for sparsity in SPARSITIES:
+        model, results = train(sparsity, args, data)
+        name = f"sparse{100 * sparsity:.0f}" if sparsity else "dense"
+        file = kso.export_tflite(
+            model, directory / f"{name}.tflite", float16=True, inputs=samples[:1]
+        )
+        if sparsity and not kso.sparse_inference_report(model).xnnpack:
+            raise RuntimeError(f"XNNPACK's sparse engine would not take {name}")
+        networks.append(
+            {
+                "name": name,
+                "sparsity": sparsity,
+                "file": file.path.name,
+                "bytes": file.size,
+                "test_accuracy": results["test_accuracy"],
+                "outputs": model.predict(samples, verbose=0).tolist(),
+                "history": results["history"],
+            }
+        )
+        print(f"{name}: test accuracy {results['test_accuracy']:.2%}\n{file}", flush=True)
+    about = {
+        "command": command(args),
+        **facts(),
+        "image_size": IMAGE_SIZE,
+        "classes": CLASSES,
+        "samples": [path.name for path in paths],
+        "networks": networks,
+    }
+    (directory / "models.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def command(args):
+    """The command that repeats this; where its files lie is the reader's choice."""
+    options = f"--epochs {args.epochs} --seed {args.seed}"
+    if args.steps_per_epoch:
+        options += f" --steps_per_epoch {args.steps_per_epoch}"
+    return f"python examples/browser_models.py {options}"
+
+
+if __name__ == "__main__":
+    main()
