@@ -35,6 +35,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/block_inference.py
 	$(BIN)/python benchmarks/file_sizes.py
 	$(BIN)/python benchmarks/condensed.py
+	$(BIN)/python benchmarks/compaction.py
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/crash_and_resume.py

@@ -23,6 +23,7 @@ from keras_sparseopt.callbacks import DynamicSparseTraining
 from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.cost import layer_costs, summary
 from keras_sparseopt.deployment import (
+    compact,
     condense,
     csr_matrices,
     export_tflite,
@@ -79,6 +80,7 @@ __all__ = [
     "Static",
     "Unstructured",
     "assert_replicas_agree",
+    "compact",
     "condense",
     "connectivity",
     "csr_matrices",

@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
-import tempfile
 from typing import Any
 
 import keras
@@ -16,8 +14,9 @@ from keras import ops
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host, tensor_of
 from keras_sparseopt.checks import check_float, check_int
-from keras_sparseopt.conversion import check_built, strip
+from keras_sparseopt.conversion import check_built
 from keras_sparseopt.deployment.convert import example_inputs
+from keras_sparseopt.deployment.copies import outputs_of, plain_copy
 from keras_sparseopt.deployment.measuring import milliseconds, relative_difference
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
 from keras_sparseopt.topology import kernels_of
@@ -131,8 +130,7 @@ class _Inside(CondensedDense):
 @functools.cache
 def _inside(kind: Any) -> Any:
     """`_Inside` under the name of a class of Keras: by that it is found in files."""
-    names = ("__name__", "__qualname__", "__module__")
-    return type(kind.__name__, (_Inside,), {name: getattr(kind, name) for name in names[1:]})
+    return type(kind.__name__, (_Inside,), {"__module__": kind.__module__})
 
 
 def _product(rows, indices, values):
@@ -258,7 +256,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
     check_float("min_speedup", min_speedup, 0, math.inf)
     check_built(model)
     inputs = example_inputs(model, inputs, batch_size)
-    copied = _plain_copy(model)
+    copied = plain_copy(model)
     rows_of, expected = _rows(copied, inputs)
     in_graph = {id(layer) for layer in keras_internals.layers_of_graphs(copied)}
     found = []
@@ -287,7 +285,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
             row["stays_dense"] = "not faster"
             continue
         keras_internals.become(layer, condensed)
-    for value, wanted in zip(_outputs(copied, inputs), expected):
+    for value, wanted in zip(outputs_of(copied, inputs), expected):
         difference = relative_difference(value, wanted)
         if not difference <= _TOLERANCE:
             raise ValueError(
@@ -295,24 +293,6 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
                 f"{difference:.1e} of the largest. Received: model '{model.name}'"
             )
     return CondensedModel(copied, found)
-
-
-def _outputs(model, inputs):
-    return [host(x) for x in keras.tree.flatten(model(inputs, training=False))]
-
-
-def _plain_copy(model):
-    own = {type(layer).__name__: type(layer) for layer in keras_internals.all_layers(model)}
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            path = pathlib.Path(directory) / "model.keras"
-            model.save(path)
-            return strip(keras.models.load_model(path, own, compile=False, safe_mode=False))
-    except Exception as error:
-        raise ValueError(
-            "`model` must be one that Keras can save and load: the classes of its parts "
-            f"registered, their `get_config` complete. Received: {error}"
-        ) from error
 
 
 def csr_matrices(model):
@@ -389,7 +369,7 @@ def _condensed_layer(layer, equation, kernel, is_in_graph):
 def _rows(model, inputs):
     """By the id of a layer: how many rows it multiplies in each call; and the model's outputs."""
     with keras_internals.calls_recorded() as called:
-        outputs = _outputs(model, inputs)
+        outputs = outputs_of(model, inputs)
     rows = collections.defaultdict[int, list[int]](list)
     for layer, given in called:
         equation, _ = equation_of(layer)
