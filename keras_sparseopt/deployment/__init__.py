@@ -1,6 +1,6 @@
 """After training: files, formats and layers that use the zeros."""
 
-from keras_sparseopt.deployment.compacted import compact
+from keras_sparseopt.deployment.compaction import compact
 from keras_sparseopt.deployment.condensed import condense, csr_matrices
 from keras_sparseopt.deployment.engines import sparse_inference_report
 from keras_sparseopt.deployment.packed import load_packed, save_packed
