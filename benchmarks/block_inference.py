@@ -36,7 +36,6 @@ def network(sizes, sparsity, structure, batch):
 class Engine:
     def __init__(self, content, x):
         self.interpreter = make_interpreter(content)
-        self.interpreter.allocate_tensors()
         (self.input,), (self.output,) = (
             self.interpreter.get_input_details(), self.interpreter.get_output_details(),
         )  # fmt: skip

@@ -26,7 +26,6 @@ AIMS = {0.9: 3.0, 0.8: 2.0}
 
 def native_milliseconds(content):
     interpreter = make_interpreter(content)
-    interpreter.allocate_tensors()
     (given,) = interpreter.get_input_details()
     interpreter.set_tensor(given["index"], np.ones(given["shape"], "float32"))
     (median,) = milliseconds([interpreter.invoke], seconds=1)

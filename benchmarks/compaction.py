@@ -63,9 +63,7 @@ def train(make, method, sparsity, seed, data, epochs):
 
 def interpreter(model):
     with exported(model, np.zeros((1, 8, 8, 1), "float32")) as directory:
-        made = make_interpreter(converted(directory, sparse=False))
-    made.allocate_tensors()
-    return made.invoke
+        return make_interpreter(converted(directory, sparse=False)).invoke
 
 
 def multiply_adds(model):

@@ -50,7 +50,6 @@ def worker(seconds):
     def tflite(model, x):
         with exported(model, x) as directory:
             interpreter = make_interpreter(converted(directory, sparse=False), threads=2)
-        interpreter.allocate_tensors()
         (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
 
         def run(x):

@@ -11,6 +11,7 @@ try {
   if (kind !== 'right') throw new Error(text);
   const pairs = await page.evaluate(async (rounds) => {
     const inference = await import('./inference.js');
+    const images = await import('./images.js');
     const about = await (await fetch('models/models.json')).json();
     const shape = [1, about.image_size, about.image_size, 3];
     const pixels = Float32Array.from({length: 3 * about.image_size ** 2}, (_, i) => Math.sin(i));
@@ -19,13 +20,11 @@ try {
       ...(await inference.loadNetwork(`models/${entry.file}`, shape)),
     });
     const dense = await load(about.networks.find(({sparsity}) => sparsity === 0));
+    const {image_size: size} = about;
     const samples = await Promise.all(
       about.samples.map(async (name) => {
-        const blob = await (await fetch(`samples/${name}`)).blob();
-        const context = new OffscreenCanvas(about.image_size, about.image_size).getContext('2d');
-        context.drawImage(await createImageBitmap(blob, {colorSpaceConversion: 'none'}), 0, 0);
-        const {data} = context.getImageData(0, 0, about.image_size, about.image_size);
-        return Float32Array.from(data.filter((_, i) => i % 4 < 3), (value) => value / 127.5 - 1);
+        const source = await images.decode(await (await fetch(`samples/${name}`)).blob());
+        return images.draw(new OffscreenCanvas(size, size).getContext('2d'), source, size);
       }),
     );
     const found = [];

@@ -1,4 +1,5 @@
 // The page: what is chosen, and what is shown of it. Networks are run by inference.js.
+import {decode, draw as drawOn} from './images.js';
 import {check, loadEngine, loadNetwork, run, timeInTurns, TOLERANCE} from './inference.js';
 
 const ROUNDS = 25;
@@ -35,24 +36,7 @@ const megabytes = (bytes) => `${(bytes / 1e6).toFixed(2)} MB`;
 
 // ---------------------------------------------------------------- images
 
-/** Draws the middle square of an image, as large as the networks want it; the pixels, -1 to 1. */
-function draw(source) {
-  const size = about.image_size;
-  const side = Math.min(source.width, source.height);
-  context.fillStyle = 'white'; // below what is transparent
-  context.fillRect(0, 0, size, size);
-  context.imageSmoothingQuality = 'high';
-  const [left, top] = [(source.width - side) / 2, (source.height - side) / 2];
-  context.drawImage(source, left, top, side, side, 0, 0, size, size);
-  const {data} = context.getImageData(0, 0, size, size);
-  return Float32Array.from({length: 3 * size * size}, (_, i) => {
-    return data[4 * Math.floor(i / 3) + (i % 3)] / 127.5 - 1;
-  });
-}
-
-async function decode(blob) {
-  return createImageBitmap(blob, {colorSpaceConversion: 'none'});
-}
+const draw = (source) => drawOn(context, source, about.image_size);
 
 async function fetched(url) {
   const response = await fetch(url);

@@ -12,8 +12,7 @@ from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.conversion import check_built
 from keras_sparseopt.deployment.convert import example_inputs
-from keras_sparseopt.deployment.copies import outputs_of, plain_copy
-from keras_sparseopt.deployment.measuring import relative_difference
+from keras_sparseopt.deployment.copies import check_same, outputs_of, plain_copy
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
@@ -46,8 +45,8 @@ class CompactedModel:
         model: The Keras model.
         removed: Dict from the name of each layer that lost neurons to their numbers before and
             after.
-        kept: Dict from the name of each layer with neurons that are dead or unread and stay to
-            their number and the reason.
+        kept: Dict from the name of each layer with dead neurons that stay to their number and the
+            reason.
         weights: Ints, all numbers of the model before and after.
     """
 
@@ -122,13 +121,7 @@ def compact(model, inputs=None):
     while any([network.shrink(layer) for layer in reversed(network.producers)]):
         pass
     smaller = network.rebuilt()
-    for value, wanted in zip(outputs_of(smaller, inputs), outputs_of(model, inputs)):
-        difference = relative_difference(value, wanted)
-        if not difference <= _TOLERANCE:
-            raise ValueError(
-                "The smaller model does not compute what the model does: its outputs differ by "
-                f"{difference:.1e} of the largest. Received: model '{model.name}'"
-            )
+    check_same(smaller, inputs, outputs_of(model, inputs), _TOLERANCE, "smaller")
     after = {layer.name: network.neurons(layer) for layer in network.producers}
     removed = {name: (sizes[name], after[name]) for name in sizes if sizes[name] > after[name]}
     return CompactedModel(

@@ -16,8 +16,8 @@ from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host, tensor_of
 from keras_sparseopt.checks import check_float, check_int
 from keras_sparseopt.conversion import check_built
 from keras_sparseopt.deployment.convert import example_inputs
-from keras_sparseopt.deployment.copies import outputs_of, plain_copy
-from keras_sparseopt.deployment.measuring import milliseconds, relative_difference
+from keras_sparseopt.deployment.copies import check_same, outputs_of, plain_copy
+from keras_sparseopt.deployment.measuring import milliseconds
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
 from keras_sparseopt.topology import kernels_of
 
@@ -285,13 +285,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
             row["stays_dense"] = "not faster"
             continue
         keras_internals.become(layer, condensed)
-    for value, wanted in zip(outputs_of(copied, inputs), expected):
-        difference = relative_difference(value, wanted)
-        if not difference <= _TOLERANCE:
-            raise ValueError(
-                "The condensed model does not compute what the model does: its outputs differ by "
-                f"{difference:.1e} of the largest. Received: model '{model.name}'"
-            )
+    check_same(copied, inputs, expected, _TOLERANCE, "condensed")
     return CondensedModel(copied, found)
 
 

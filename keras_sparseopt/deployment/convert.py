@@ -110,9 +110,11 @@ def converted(directory, values="float32", sparse=True):
 
 
 def make_interpreter(content, threads=1):
-    """TFLite's interpreter for the bytes of a file."""
+    """TFLite's interpreter for the bytes of a file, ready to run."""
     import tensorflow as tf
 
     with warnings.catch_warnings():  # that it has moved to the other package
         warnings.filterwarnings("ignore", message="(?s).*tf.lite.Interpreter is deprecated")
-        return tf.lite.Interpreter(model_content=content, num_threads=threads)
+        interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
+    interpreter.allocate_tensors()
+    return interpreter

@@ -8,6 +8,7 @@ import keras
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.conversion import strip
+from keras_sparseopt.deployment.measuring import relative_difference
 
 
 def plain_copy(model):
@@ -28,3 +29,14 @@ def plain_copy(model):
 def outputs_of(model, inputs):
     """The outputs as a list of NumPy arrays."""
     return [host(x) for x in keras.tree.flatten(model(inputs, training=False))]
+
+
+def check_same(copied, inputs, expected, tolerance, what):
+    """An error if outputs differ from `expected` by more than a part of the largest one."""
+    for value, wanted in zip(outputs_of(copied, inputs), expected):
+        difference = relative_difference(value, wanted)
+        if not difference <= tolerance:
+            raise ValueError(
+                f"The {what} model does not compute what the model does: its outputs differ by "
+                f"{difference:.1e} of the largest. Received: model '{copied.name}'"
+            )

@@ -157,8 +157,6 @@ def _speedup(matrix, rows):
     with exported(model, np.ones((rows, inputs), "float32")) as directory:
         files = converted(directory, sparse=False), converted(directory)
     interpreters = [make_interpreter(content) for content in files]
-    for interpreter in interpreters:
-        interpreter.allocate_tensors()
     dense, sparse = milliseconds([x.invoke for x in interpreters], _SECONDS)
     return dense / sparse
 

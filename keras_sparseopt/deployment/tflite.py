@@ -150,11 +150,7 @@ def _largest_difference(model, content, inputs, values):
             raise ValueError(
                 f"The file does not compute what the model does: '{name}' differs by "
                 f"{difference:.1e} of its largest value. Nothing was written."
-                + (
-                    hint
-                    if values == "float16" and "4" in [how for *_, how in _stored(content)]
-                    else ""
-                )
+                + (hint if values == "float16" and _has_blocks(content) else "")
             )
         if relative_difference(without[name], value) < 10 * tolerance:
             warnings.warn(
