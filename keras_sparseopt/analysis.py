@@ -328,8 +328,9 @@ def connectivity(model):
         List of dicts, one per sparse weight: `name` (made unique where layers repeat one),
         `sparsity`, `fan_in` (NumPy int array, active incoming weights of every neuron), `fan_out`
         (active weights that leave every input channel; of a grouped convolution every channel of
-        a group, over all groups), `dead_neurons` (neurons without active weights) and
-        `dead_inputs`.
+        a group, over all groups), `fan_in_variation` (standard deviation of the fan-in over its
+        mean: √(mean) / mean for random masks, larger where some neurons starve), `dead_neurons`
+        (neurons without active weights) and `dead_inputs`.
 
     Raises:
         ValueError: If the model is not built.
@@ -354,6 +355,7 @@ def connectivity(model):
                 "sparsity": 1.0 - float(host(topology.mask).mean()),
                 "fan_in": into,
                 "fan_out": out,
+                "fan_in_variation": float(into.std() / max(into.mean(), 1e-9)),
                 "dead_neurons": int((into == 0).sum()),
                 "dead_inputs": int((out == 0).sum()),
             }

@@ -54,8 +54,9 @@ class DynamicSparseTraining(keras.callbacks.Callback):
     RigL, the gradient of that step). A method is a subclass with its own `scores` or `new_mask`.
 
     Put it in `fit(callbacks=[...])`, before callbacks that read its logs (`CSVLogger`) or
-    save the model. At the end of every epoch it writes `sparsity`, `drop_fraction`, `itop_rate`
-    and `mask_change` (the fraction of active weights that the last update made new) into the logs.
+    save the model. At the end of every epoch it writes `sparsity`, `drop_fraction`, `itop_rate`,
+    `mask_change` (the fraction of active weights that the last update made new) and `dead_neurons`
+    (neurons of all sparse weights without an active incoming weight) into the logs.
     It reads nothing between updates, and leaves Keras' asynchronous dispatch on.
 
     In a custom loop, the same object works without `fit`:
@@ -712,6 +713,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             "drop_fraction": self.current_drop_fraction(self._step),
             "itop_rate": self.optimizer.itop_rate(),
             "mask_change": float(host(self.optimizer.mask_change)),
+            "dead_neurons": self.optimizer.dead_neurons(),
         }
 
     # ------------------------------------------------------------------ inside of `fit`

@@ -21,6 +21,7 @@ _TOPOLOGY = {
     "itop_rate": "ITOP rate",
     "mask_change": "share of new connections",
     "drop_fraction": "drop fraction",
+    "dead_neurons": "dead neurons",
 }
 _MEASURED = ("effective_gradient_flow", "gradient_flow", "skew_angle", "skew_jump")
 
@@ -200,7 +201,8 @@ def _figures(logs, measured, model, rows):
     topology = [name for name in _TOPOLOGY if name in logs]
     if topology:
         figures["topology"] = (
-            "The topology over epochs. ITOP rate: the share of weights that were ever active.",
+            "The topology over epochs. ITOP rate: the share of weights that were ever active. Dead "
+            "neurons: those without an active incoming weight.",
             _grid([(_TOPOLOGY[name], {"training": logs[name]}) for name in topology]),
         )
     figures["layers"] = (
@@ -399,7 +401,8 @@ def _facts(logs, model, rows):
 
 
 def _table(rows):
-    header = ["layer", "sparsity", "active", "fan-in: least", "mean", "most", "dead neurons"]
+    header = ["layer", "sparsity", "active", "fan-in: least", "mean", "most", "variation"]
+    header.append("dead neurons")
     cells = []
     for row in rows:
         fan_in = row["fan_in"]
@@ -407,7 +410,7 @@ def _table(rows):
             [
                 row["name"], f"{row['sparsity']:.4f}", f"{int(fan_in.sum()):,}",
                 f"{fan_in.min()}", f"{fan_in.mean():.1f}", f"{fan_in.max()}",
-                f"{row['dead_neurons']}",
+                f"{row['fan_in_variation']:.2f}", f"{row['dead_neurons']}",
             ]
         )  # fmt: skip
     return header, cells

@@ -149,6 +149,7 @@ def test_connectivity_by_hand():
     assert row["name"] == "d" and row["sparsity"] == pytest.approx(4 / 6)
     assert row["fan_in"].tolist() == [1, 0, 1] and row["fan_out"].tolist() == [2, 0]
     assert (row["dead_neurons"], row["dead_inputs"]) == (1, 1)
+    assert row["fan_in_variation"] == pytest.approx(np.std([1, 0, 1]) / (2 / 3))
 
 
 def test_fan_out_of_other_kernels():

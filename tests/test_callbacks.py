@@ -200,7 +200,7 @@ def test_logs_reach_history_csv_and_tensorboard(name, tmp_path, capsys):
         callbacks.append(keras.callbacks.TensorBoard(tmp_path / "tb", update_freq=1))
     model = mlp()
     _, recorder, history = fit(METHODS[name](), model=model, callbacks=callbacks)
-    names = {"sparsity", "drop_fraction", "itop_rate", "mask_change"}
+    names = {"sparsity", "drop_fraction", "itop_rate", "mask_change", "dead_neurons"}
     assert names <= set(history.history) and names == set(recorder.logs[0])
     with open(tmp_path / "log.csv") as file:
         assert names <= set(csv.DictReader(file).fieldnames)
@@ -215,6 +215,21 @@ def test_logs_reach_history_csv_and_tensorboard(name, tmp_path, capsys):
         events = list((tmp_path / "tb" / "train").glob("events*"))
         text = b"".join(path.read_bytes() for path in events)
         assert b"itop_rate" in text and b"mask_change" in text
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dead_neurons_are_logged(compiled):
+    """Of a kernel (4, 3): the first neuron has weights, the second none, the third gets one."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, use_bias=False)])
+    model.layers[0].set_weights([np.array([[3, 0, 0], [0.1, 0, 0], [2, 0, 0], [4.0, 0, 0]])])
+    kso.masks_from_zeros(model)
+    model.compile(kso.SparseOpt(keras.optimizers.SGD(0.0)), loss="mse")
+    x, y = np.ones((8, 4), "float32") * [1, 2, 3, 4], np.zeros((8, 3), "float32")
+    y[:, 2] = 1  # the only gradient at inactive weights is the third neuron's, largest at input 4
+    y[:, 0] = model.predict(x, verbose=0)[:, 0]
+    callback = kso.RigL(2, 0.25, drop_schedule="constant", end_step=3, compiled=compiled)
+    history = model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[callback]).history
+    assert history["dead_neurons"] == [2, 1, 1]
 
 
 def test_progress_bar_shows_the_logs(capsys):
@@ -320,7 +335,7 @@ def test_custom_loop_equals_fit():
             model.train_on_batch(x[i : i + 4], y[i : i + 4])
             logs = rigl.step()
     rigl.end()
-    assert set(logs) == {"sparsity", "drop_fraction", "itop_rate", "mask_change"}
+    assert {"sparsity", "drop_fraction", "itop_rate", "mask_change", "dead_neurons"} == set(logs)
     for a, b in zip(masks_of(fitted), masks_of(model)):
         assert np.array_equal(a, b)
     for a, b in zip(fitted.weights, model.weights):

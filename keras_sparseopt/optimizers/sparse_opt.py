@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import warnings
 import weakref
@@ -638,6 +639,24 @@ class SparseOpt(WrapperOptimizer):
             explored, total = explored + dense, total + dense
         return explored / total
 
+    def dead_neurons(self):
+        """How many neurons of the sparse weights have no active incoming weight: int.
+
+        They compute a constant, and what grows towards them is all that can bring them back.
+        `connectivity` tells which they are.
+        """
+        number = 0
+        for weight in self.weights:
+            axes = weight.topology.neuron_axes
+            if are_on_host([weight.mask]):
+                number += int(_count_dead(host(weight.mask), axes))
+            else:
+                program = self._sparse.programs.setdefault(
+                    ("dead_neurons", axes), compiled(functools.partial(_count_dead, axes=axes))
+                )
+                number += int(host(program(ops.convert_to_tensor(weight.mask))))
+        return number
+
     # ------------------------------------------------------------------ dense gradients
 
     def lease_gradients(self, steps=1, every=None, momentum=None):
@@ -778,6 +797,10 @@ def _count_bits(words):
 
 
 _count_packed = compiled(masks.count_packed)
+
+
+def _count_dead(mask, axes):
+    return masks.count(masks.neuron_counts(mask, axes) == 0)
 
 
 def _facts_on_host(weight, mask, gradient):

@@ -1,7 +1,7 @@
 """One and two sparse neurons learn a teacher: what masks, BatchNorm, the correction and HAM do.
 
-    python examples/student_teacher.py            # five minutes on one CPU core
-    python examples/student_teacher.py --quick
+    python examples/papers/student_teacher.py            # five minutes on one CPU core
+    python examples/papers/student_teacher.py --quick
 
 After the SparseOpt paper's figures 6 to 9. The student is Σ_i a_i · ReLU(N(w_i · x)), N being Batch
 Normalization without parameters, or nothing; teacher and student share the mask. All data form one
@@ -19,13 +19,9 @@ at the rate c_i · ‖∂L/∂(w/‖w‖)‖ / ‖w_i‖²: drawn by the dense f
 turn faster by 1/k_i where the teacher pulls equally; drawn by the actual fan-in they do not.
 """
 
-import argparse
-import json
-import pathlib
-
 import keras
 import numpy as np
-from record import facts
+from driver import arguments, command, write
 
 import keras_sparseopt as kso
 
@@ -266,11 +262,7 @@ def summary(one, two, steps):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
-    args = parser.parse_args(argv)
+    args = arguments(__doc__, seeds=5, quick="one seed, few steps", data=False).parse_args(argv)
     seeds, steps = range(1 if args.quick else args.seeds), 100 if args.quick else STEPS
     one, two = one_neuron(seeds, steps), two_neurons(seeds, steps)
     result = summary(one, two, steps)
@@ -284,15 +276,13 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     picture(one, two, steps, args.output / "student_teacher.png")
     content = {
-        "command": "python examples/student_teacher.py" + (" --quick" if args.quick else ""),
-        **facts(),
         "settings": {
             "inputs": INPUTS, "examples": EXAMPLES, "learning_rate": LEARNING_RATE,
             "steps": steps, "alpha": ALPHA, "seeds": len(seeds),
         },
         **result,
     }  # fmt: skip
-    (args.output / "student_teacher.json").write_text(json.dumps(content, indent=1) + "\n")
+    write(content, args.output / "student_teacher.json", command(__file__, argv))
     print(f"→ {args.output}/student_teacher.json, student_teacher.png")
     return content
 

@@ -1,7 +1,7 @@
 """Same capacity, sparse against dense: is a wide sparse network better than a narrow dense one?
 
-    python examples/capacity_comparison.py --data_dir /data/tfds --seeds 6 --jobs 2
-    python examples/capacity_comparison.py --quick       # made-up data: does it run?
+    python examples/papers/capacity_comparison.py --data_dir /data/tfds --seeds 6 --jobs 2
+    python examples/papers/capacity_comparison.py --quick       # made-up data: does it run?
 
 SC-SDC of Tessera, Hooker and Rosman ("Keep the Gradients Flowing", 2021): both networks have the
 same depth, the same number of active weights in every layer, the same initial values of these (here
@@ -16,13 +16,11 @@ parameters come on top, of which the wide network has more. A training takes som
 core; all go into one file, and none is repeated.
 """
 
-import argparse
-import pathlib
 import re
-import sys
 
 import keras
 import numpy as np
+from driver import arguments, command
 from models import mlp, resnet
 from proxy import BN_MOMENTUM, Batches, Record, full, make_inner_optimizer, train_all
 
@@ -287,15 +285,9 @@ def picture(rows, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", help="where tfds keeps (or puts) CIFAR-10")
+    quick = "made-up data, one epoch, two seeds; into quick/"
+    parser = arguments(__doc__, seeds=6, quick=quick, jobs=True)  # Wilcoxon's p < 0.05 needs six
     parser.add_argument("--only", help="regular expression: conditions to run, by their label")
-    parser.add_argument("--seeds", type=int, default=6, help="Wilcoxon's p < 0.05 needs six")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument(
-        "--quick", action="store_true", help="made-up data, one epoch, two seeds; into quick/"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
     args = parser.parse_args(argv)
     chosen = conditions()
     if args.quick:
@@ -305,9 +297,7 @@ def main(argv=None):
     chosen = {k: v for k, v in chosen.items() if not args.only or re.search(args.only, k)}
     if not chosen:
         parser.error(f"no condition matches: {args.only}")
-    command = " ".join(["python examples/capacity_comparison.py", *(argv or sys.argv[1:])])
-    command = re.sub(r" --(data_dir|output|jobs) \S+", "", command)
-    record = Record(args.output / "capacity_comparison.json", command, DEFAULTS)
+    record = Record(args.output / "capacity_comparison.json", command(__file__, argv), DEFAULTS)
     settings = [
         {**setting, "network": network, "seed": seed}
         for seed in range(args.seeds)

@@ -1,7 +1,7 @@
 """What the gradient skew does while a network learns, seen from inside.
 
-    python examples/skew.py --data_dir /data/tfds        # ten minutes on one CPU core
-    python examples/skew.py --quick                      # made-up data: does it run?
+    python examples/papers/skew.py --data_dir /data/tfds        # ten minutes on one CPU core
+    python examples/papers/skew.py --quick                      # made-up data: does it run?
 
 On the small task of `proxy.py` (CIFAR-10 at 16×16 pixels, ResNet, 95 % sparse), three seeds each:
 
@@ -18,12 +18,11 @@ On the small task of `proxy.py` (CIFAR-10 at 16×16 pixels, ResNet, 95 % sparse)
 Trainings that are in the file already are not repeated.
 """
 
-import argparse
 import itertools
-import pathlib
 
 import keras
 import numpy as np
+from driver import arguments, command
 from proxy import Record, confidence, full, load, made_up, make_callbacks, prepare
 
 import keras_sparseopt as kso
@@ -342,21 +341,14 @@ def picture(runs, found, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", help="where tfds keeps (or puts) CIFAR-10")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--quick", action="store_true", help="made-up data, few steps, two seeds; into quick/"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
-    args = parser.parse_args(argv)
+    quick = "made-up data, few steps, two seeds; into quick/"
+    args = arguments(__doc__, seeds=3, quick=quick).parse_args(argv)
     if args.quick:
         args.seeds, args.output = 2, args.output / "quick"
     data = made_up() if args.quick else load(args.data_dir)
     if args.quick:  # a short epoch, over and over
         data = [(np.tile(data[0][0], (10, 1, 1, 1)), np.tile(data[0][1], 10)), data[1]]
-    command = f"python examples/skew.py --seeds {args.seeds}" + " --quick" * args.quick
-    record = Record(args.output / "skew.json", command)
+    record = Record(args.output / "skew.json", command(__file__, argv))
     runs = []
     for setting in settings(args.seeds, args.quick):
         if setting not in record:

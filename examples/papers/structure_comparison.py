@@ -1,8 +1,8 @@
 """What a structure costs in test accuracy, beside unstructured masks that are as sparse.
 
-    python examples/structure_comparison.py --jobs 2      # hours on two CPU cores
-    python examples/structure_comparison.py --only ^mlp   # one task
-    python examples/structure_comparison.py --quick       # minutes: does it run?
+    python examples/papers/structure_comparison.py --jobs 2      # hours on two CPU cores
+    python examples/papers/structure_comparison.py --only ^mlp   # one task
+    python examples/papers/structure_comparison.py --quick       # minutes: does it run?
 
 Trainings in pairs, from the same initial weights and on the same batches: one under a structure,
 one unstructured and as sparse, by RigL, with and without SparseOpt's correction, and by gradual
@@ -12,15 +12,13 @@ magnitude pruning (GMP). Four tasks:
     resnet   the same by a small ResNet
     text     the next character of the Python manual that comes with Python, from the 16 before it,
              two hidden layers of 512 units
-    cifar    CIFAR-10 at 16 × 16 pixels by the small ResNet of `proxy.py` (`--data-dir`)
+    cifar    CIFAR-10 at 16 × 16 pixels by the small ResNet of `proxy.py` (`--data_dir`)
 
 The mean of the paired differences and its 95 % confidence interval; all trainings go into one file,
 and none is repeated.
 """
 
-import argparse
 import functools
-import pathlib
 import pydoc_data.topics
 import re
 
@@ -28,6 +26,7 @@ import digits
 import keras
 import numpy as np
 import proxy
+from driver import arguments, command
 from models import mlp, resnet
 from proxy import Record, confidence, full, train_all
 
@@ -284,15 +283,10 @@ def picture(rows, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data-dir", help="of tensorflow-datasets, for CIFAR-10")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser = arguments(__doc__, seeds=5, quick="one epoch, two seeds; into quick/", jobs=True)
     parser.add_argument(
         "--only", help="regular expression: cells to run, as 'mlp rigl corrected 0.5 NM(2, 4)'"
     )
-    parser.add_argument("--quick", action="store_true", help="one epoch, two seeds; into quick/")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
     args = parser.parse_args(argv)
     everything = list(cells())
     chosen = [c for c in everything if not args.only or re.search(args.only, described(c))]
@@ -301,8 +295,7 @@ def main(argv=None):
     if args.quick:
         args.output, args.seeds = args.output / "quick", 2
         chosen = [{**c, "epochs": 1} for c in chosen if c["structure"] == "NM(2, 4)"]
-    command = "python examples/structure_comparison.py" + (" --quick" if args.quick else "")
-    record = Record(args.output / "structure_comparison.json", command, DEFAULTS)
+    record = Record(args.output / "structure_comparison.json", command(__file__, argv), DEFAULTS)
     settings = [
         {**cell, "structure": structure, "seed": seed}
         for cell in chosen

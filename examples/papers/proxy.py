@@ -13,8 +13,8 @@ import multiprocessing
 
 import keras
 import numpy as np
+from driver import facts
 from models import resnet
-from record import facts
 
 import keras_sparseopt as kso
 
@@ -37,6 +37,8 @@ DEFAULTS = {
     "method": "rigl",  # or "set", "static"
     "update_every": 100,  # optimizer steps
     "growth_gradient": "original",
+    "drop_by": "magnitude",  # what is dropped first, see `DROP_BY`
+    "grow_by": "score",  # or "starved": the method's score over √(fan-in + 1) of its neuron
     "rescale": False,  # neurons brought to one norm at every mask update, the function preserved
     # optimizer
     "exponent": 0.0,  # p of ((1 − s_i) / (1 − s_avg))^p: 0 masks only, ½ is SparseOpt
@@ -126,12 +128,20 @@ class Variant(kso.SparseOpt):
 
     exponent = 0.5
     normalization_of = None  # kernel's id → Batch Normalization, to rescale
+    drops = None  # array (2, 10): dropped and all connections by decile of their neuron's fan-in
 
     def correction(self, mask, neuron_axes):
         return super().correction(mask, neuron_axes) ** (2 * self.exponent)
 
-    def rewire(self, kernel, *args):
-        super().rewire(kernel, *args)
+    def rewire(self, kernel, new_mask, *args):
+        if self.drops is not None:
+            old = keras.ops.convert_to_numpy(self.weight_of(kernel).topology.mask)
+            axes = tuple(range(old.ndim - 1))
+            fan_in, dropped = old.sum(axes), (old & ~new_mask).sum(axes)
+            decile = np.argsort(np.argsort(fan_in, kind="stable")) * 10 // fan_in.size
+            for row, counts in enumerate((dropped, fan_in)):
+                np.add.at(self.drops[row], decile, counts)
+        super().rewire(kernel, new_mask, *args)
         normalization = (self.normalization_of or {}).get(id(kernel))
         if normalization is None:
             return
@@ -202,14 +212,58 @@ def make_optimizer(setting, steps, model):
     return optimizer
 
 
+def _protected(weight, mask, fan_in):
+    """|w|, without end for the largest ⌈mean fan-in / 4⌉ of every neuron."""
+    magnitudes = np.where(mask, abs(weight), -1.0).reshape(-1, mask.shape[-1])
+    least = math.ceil(fan_in.mean() / 4)
+    rank = np.argsort(np.argsort(-magnitudes, axis=0, kind="stable"), axis=0)
+    return np.where((rank < least).reshape(mask.shape), np.inf, abs(weight))
+
+
+# What is dropped first, smallest first, of (weight, mask, fan-in of every neuron).
+DROP_BY = {
+    "magnitude": lambda w, m, k: abs(w),
+    "fan_in": lambda w, m, k: abs(w) / np.sqrt(np.maximum(k, 1)),
+    "norm": lambda w, m, k: abs(w) / np.sqrt(np.maximum((w**2).sum((*range(w.ndim - 1),)), 1e-20)),
+    "least_fan_in": _protected,
+}
+
+
+def ranked(method_class, setting):
+    """The method with another ranking: a subclass that runs on the host."""
+
+    class Ranked(method_class):
+        def values(self, weight, mask, gradient, update):
+            fan_in = mask.sum(axis=tuple(range(mask.ndim - 1)))
+            return DROP_BY[setting["drop_by"]](weight, mask, fan_in)
+
+        def scores(self, weight, mask, gradient, update):
+            scores = super().scores(weight, mask, gradient, update)
+            if setting["grow_by"] == "score":
+                return scores
+            return scores / np.sqrt(mask.sum(axis=tuple(range(mask.ndim - 1))) + 1)
+
+    return Ranked
+
+
 def make_callbacks(setting):
     every, drop = setting["update_every"], DROP_FRACTION
     methods = {
-        "static": lambda: [kso.Static()],
-        "set": lambda: [kso.SET(every, drop, seed=setting["seed"])],
-        "rigl": lambda: [kso.RigL(every, drop, growth_gradient=setting["growth_gradient"])],
+        "static": lambda: kso.Static(),
+        "set": lambda: ranked(kso.SET, setting)(every, drop, seed=setting["seed"], compiled=False),
+        "rigl": lambda: ranked(kso.RigL, setting)(
+            every, drop, growth_gradient=setting["growth_gradient"], compiled=False
+        ),
     }
-    return methods[setting["method"]]()
+    return [methods[setting["method"]](), Starving()]
+
+
+class Starving(keras.callbacks.Callback):
+    """Logs by how much fan-ins vary: their standard deviation over the mean, mean of the layers."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        rows = kso.connectivity(self.model)
+        logs["fan_in_variation"] = float(np.mean([row["fan_in_variation"] for row in rows]))
 
 
 def prepare(data, setting):
@@ -232,11 +286,14 @@ def train(data, setting):
         setting: Dict of what differs from `DEFAULTS`.
 
     Returns:
-        Dict with `test_accuracy`, `loss` and `itop_rate`, lists over evaluations, and `steps`, the
-        optimizer steps at which they were.
+        Dict with `test_accuracy`, `loss`, `itop_rate`, `dead_neurons` and `fan_in_variation`, lists
+        over evaluations, `steps`, the optimizer steps at which they were, and `drops`, the share
+        of their connections that neurons lost at an average mask update, by decile of fan-in
+        within the layer (the sparsest tenth first).
     """
     setting = full(setting)
     model, optimizer, batches, evaluations = prepare(data, setting)
+    optimizer.drops = np.zeros((2, 10))
     model.compile(
         optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -252,6 +309,9 @@ def train(data, setting):
         "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
         "loss": [round(value, 5) for value in history["loss"]],
         "itop_rate": [round(value, 5) for value in history["itop_rate"]],
+        "dead_neurons": history["dead_neurons"],
+        "fan_in_variation": [round(value, 4) for value in history["fan_in_variation"]],
+        "drops": np.round(optimizer.drops[0] / np.maximum(optimizer.drops[1], 1), 4).tolist(),
     }
 
 
@@ -283,7 +343,7 @@ class Record:
         self.content = {"command": command, **facts(), "defaults": written, "runs": []}
         if path.exists():
             known = json.loads(path.read_text())
-            if known["defaults"] != written:
+            if {**written, **known["defaults"]} != written:  # new options may have come
                 raise SystemExit(f"{path} was made with other defaults; move it away.")
             self.content = {**known, **self.content, "runs": known["runs"]}
         self.results = {self.key(run["setting"]): run["result"] for run in self.content["runs"]}

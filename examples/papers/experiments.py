@@ -1,8 +1,8 @@
 """When does SparseOpt's correction help? Named experiments on a small task, with seeds.
 
-    python examples/experiments.py --list
-    python examples/experiments.py convergence --data_dir /data/tfds --seeds 3 --jobs 2
-    python examples/experiments.py all --quick          # made-up data, a minute: does it run?
+    python examples/papers/experiments.py --list
+    python examples/papers/experiments.py convergence --data_dir /data/tfds --seeds 3 --jobs 2
+    python examples/papers/experiments.py all --quick       # made-up data: does it run?
 
 An experiment is a set of paired comparisons: two settings (see `proxy.DEFAULTS`) that differ in one
 thing, trained from the same weights and masks on the same batches, for several seeds. Reported are
@@ -13,13 +13,10 @@ All trainings go into one file, `<output>/experiments.json`, and none is repeate
 them, and the command goes on where it was stopped. A training takes about half a minute on a core.
 """
 
-import argparse
 import itertools
-import pathlib
-import re
-import sys
 
 import numpy as np
+from driver import arguments, command
 from proxy import Record, confidence, train_all
 
 MASKED = {"exponent": 0.0}
@@ -375,16 +372,10 @@ def picture(name, record, pairs, rows, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    quick = "made-up data, one epoch, two seeds; into quick/"
+    parser = arguments(__doc__, seeds=3, quick=quick, jobs=True)
     parser.add_argument("experiments", nargs="*", help="names, or `all`")
     parser.add_argument("--list", action="store_true", help="what there is")
-    parser.add_argument("--data_dir", help="where tfds keeps (or puts) CIFAR-10")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument(
-        "--quick", action="store_true", help="made-up data, one epoch, two seeds; into quick/"
-    )
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
     args = parser.parse_args(argv)
     if args.list or not args.experiments:
         for name, experiment in EXPERIMENTS.items():
@@ -405,9 +396,7 @@ def main(argv=None):
             }
             for name, pairs in chosen.items()
         }
-    command = " ".join(["python examples/experiments.py", *(argv or sys.argv[1:])])
-    command = re.sub(r" --(data_dir|output|jobs) \S+", "", command)
-    record = Record(args.output / "experiments.json", command)
+    record = Record(args.output / "experiments.json", command(__file__, argv))
     settings = [
         {**setting, "seed": seed}
         for seed in range(args.seeds)  # the first seed of everything first

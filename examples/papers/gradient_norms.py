@@ -1,8 +1,8 @@
 """Which normalization amplifies the gradient of a sparse layer, and by how much?
 
-    python examples/gradient_norms.py            # five seeds, two minutes
-    python examples/gradient_norms.py --dataset mnist --data_dir /data/tfds
-    python examples/gradient_norms.py --quick
+    python examples/papers/gradient_norms.py            # five seeds, two minutes
+    python examples/papers/gradient_norms.py --dataset mnist --data_dir /data/tfds
+    python examples/papers/gradient_norms.py --quick
 
 The SparseOpt paper (its figure 2 and appendix D) says: Batch Normalization divides each neuron by
 its σ, which shrinks by √(1 − s), so the gradient of the weights grows by 1/√(1 − s); without a
@@ -14,13 +14,9 @@ the root mean square of the first layer's active weights' gradients in the spars
 the dense one, of the same weights.
 """
 
-import argparse
-import json
-import pathlib
-
 import keras
 import numpy as np
-from record import facts
+from driver import arguments, command, write
 from sklearn.datasets import load_digits
 
 import keras_sparseopt as kso
@@ -133,12 +129,8 @@ def picture(ratios, sparsities, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = arguments(__doc__, seeds=5, quick="one seed, three sparsities")
     parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
-    parser.add_argument("--data_dir", help="where tfds keeps (or puts) MNIST")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one seed, three sparsities")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs"))
     args = parser.parse_args(argv)
     seeds = range(1 if args.quick else args.seeds)
     sparsities = (0.0, 0.5, 0.9) if args.quick else SPARSITIES
@@ -149,15 +141,11 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     picture(ratios, sparsities, args.output / "gradient_norms.png")
     content = {
-        "command": "python examples/gradient_norms.py"
-        + f" --dataset {args.dataset}" * (args.dataset != "digits")
-        + " --quick" * args.quick,
-        **facts(),
         "settings": {"data": args.dataset, "width": WIDTH, "seeds": len(seeds)},
         "sparsities": sparsities,
         "ratios": ratios,
     }
-    (args.output / "gradient_norms.json").write_text(json.dumps(content, indent=1) + "\n")
+    write(content, args.output / "gradient_norms.json", command(__file__, argv))
     print(f"→ {args.output}/gradient_norms.json, gradient_norms.png")
     return content
 
