@@ -13,14 +13,20 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 PAGE = examples/browser
 PORT ?= 8000
 
-.PHONY: demo test lint bench browser browser-test clean
+.PHONY: demo test test-tensorflow test-jax lint nightly-keras bench peers browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
-test: $(VENV)/.test lint
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest --numprocesses 2
-	KERAS_BACKEND=jax $(BIN)/python -m pytest --numprocesses 2
+test: lint test-tensorflow test-jax
+
+test-tensorflow test-jax: test-%: $(VENV)/.test
+	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2
+
+# Puts the nightly Keras into the environment of the tests.
+nightly-keras: $(VENV)/.test
+	$(BIN)/python -m pip uninstall --quiet --yes keras
+	$(BIN)/python -m pip install --quiet --pre keras-nightly
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -39,6 +45,10 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/input_pipeline.py
 	$(BIN)/python benchmarks/crash_and_resume.py
+
+# An hour, and some GB: each peer gets an environment of its own in .peers/.
+peers: $(VENV)/.test
+	$(BIN)/python benchmarks/peers/compare.py
 
 browser: $(PAGE)/node_modules/@litertjs/core/package.json
 	@echo "Open http://localhost:$(PORT)"

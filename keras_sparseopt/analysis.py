@@ -2,6 +2,8 @@
 
 import collections
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ from keras_sparseopt.graph import Graph
 from keras_sparseopt.keras_internals import all_layers, functional_of
 from keras_sparseopt.masks import fan_in_axes
 from keras_sparseopt.topology import sparse_layers, sparse_weights
+from keras_sparseopt.typing import Array
 
 
 def check_p(p):
@@ -20,7 +23,9 @@ def check_p(p):
         raise ValueError(f"`p` must be 1 or 2. Received: p={p!r}")
 
 
-def effective_gradient_flow(gradients, masks, p=2, normalize=False):
+def effective_gradient_flow(
+    gradients: Sequence[Array], masks: Any, p: int = 2, normalize: bool = False
+) -> float:
     """Effective gradient flow: the mean norm of the active weights' gradients, per layer.
 
     ```
@@ -79,7 +84,7 @@ def effective_gradient_flow(gradients, masks, p=2, normalize=False):
     return float(np.mean(norms))
 
 
-def itop_rate(masks, dense_weights=0):
+def itop_rate(masks: Any, dense_weights: int = 0) -> float:
     """In-time over-parameterisation: the fraction of weights active in any of the masks.
 
     ```
@@ -127,7 +132,7 @@ def itop_rate(masks, dense_weights=0):
     return float((explored + dense_weights) / (size + dense_weights))
 
 
-def gradient_flow(gradients, p=2):
+def gradient_flow(gradients: Sequence[Array], p: int = 2) -> float:
     """Ordinary gradient flow: the norm of all gradients taken together, active or not.
 
     ```
@@ -166,7 +171,9 @@ def gradient_flow(gradients, p=2):
     return float(np.linalg.norm(np.concatenate(gradients), ord=p))
 
 
-def gradient_skew(mask, gradient=None, neuron_axes=None):
+def gradient_skew(
+    mask: Array, gradient: Array = None, neuron_axes: Sequence[int] | None = None
+) -> dict[str, Any]:
     """How a normalization amplifies and turns a sparse layer's gradient, and what SparseOpt undoes.
 
     ```
@@ -235,7 +242,7 @@ def _angle(a, b):
     return math.degrees(math.acos(min(1.0, cosine))) if math.isfinite(cosine) else math.nan
 
 
-def measured_skew(model):
+def measured_skew(model: keras.Model) -> list[dict[str, Any]]:
     """The amplification that Batch Normalization really has, against the theory.
 
     ```
@@ -318,7 +325,7 @@ def measured_skew(model):
     return rows
 
 
-def connectivity(model):
+def connectivity(model: keras.Model) -> list[dict[str, Any]]:
     """Fan-in, fan-out and dead neurons of every sparse weight.
 
     Args:
@@ -391,7 +398,7 @@ def named_topologies(model):
     return list(zip(unique_names([topology.name for topology in topologies]), topologies))
 
 
-def mask_overlap(masks, others):
+def mask_overlap(masks: Any, others: Any) -> dict[str, Any]:
     """How much two topologies have in common, layer by layer and altogether.
 
     ```

@@ -1,5 +1,7 @@
 """Masks found before training, from the untrained weights."""
 
+from typing import Any, Literal
+
 import keras
 import numpy as np
 from keras import ops
@@ -14,25 +16,26 @@ from keras_sparseopt.conversion import (
     maskable,
     structures_of,
 )
-from keras_sparseopt.structures import shared_budget
+from keras_sparseopt.structures import StructureRules, shared_budget
+from keras_sparseopt.typing import Rules, SkewCorrection
 
 # GraSP's: of outputs that are as good as equal, so that no class counts more.
 _TEMPERATURE = 200.0
 
 
 def prune_at_init(
-    model,
-    sparsity,
-    method="snip",
-    data=None,
-    loss=None,
+    model: keras.Model,
+    sparsity: float,
+    method: Literal["snip", "grasp", "synflow"] = "snip",
+    data: Any = None,
+    loss: Any = None,
     *,
-    iterations=100,
-    include=(),
-    exclude=(),
-    structure=None,
-    skew_correction="auto",
-):
+    iterations: int = 100,
+    include: Rules = (),
+    exclude: Rules = (),
+    structure: StructureRules = None,
+    skew_correction: SkewCorrection = "auto",
+) -> keras.Model:
     """Make a model sparse, in place, by what its untrained weights say.
 
     ```

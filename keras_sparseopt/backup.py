@@ -23,6 +23,7 @@ from keras_sparseopt.devices import (
 )
 from keras_sparseopt.files import read_whole, write_whole
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+from keras_sparseopt.typing import Path
 
 _NAME = re.compile(r"epoch-\d{6}\.npz")
 
@@ -90,7 +91,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, backup_dir, keep=2):
+    def __init__(self, backup_dir: Path, keep: int = 2) -> None:
         super().__init__()
         if not isinstance(backup_dir, (str, os.PathLike)) or not str(backup_dir):
             raise ValueError(

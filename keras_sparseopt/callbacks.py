@@ -2,6 +2,7 @@
 
 import math
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -27,6 +28,7 @@ from keras_sparseopt.devices import (
 )
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN, sparse_opt_of
 from keras_sparseopt.topology import is_named
+from keras_sparseopt.typing import Array, DropFraction, DropSchedule, GrowthValues, Redistribution
 
 # How much of the drop fraction is left, by progress from 0 to 1.
 _SCHEDULES = {
@@ -137,19 +139,19 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     def __init__(
         self,
-        update_every=100,
-        drop_fraction=0.3,
-        begin_step=0,
-        end_step=None,
-        seed=0,
-        drop_schedule="cosine",
-        growth_values="zero",
-        redistribution=None,
-        layers=None,
-        optimizer=None,
-        compiled=None,
-        check_replicas=False,
-    ):
+        update_every: int = 100,
+        drop_fraction: DropFraction = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        seed: int = 0,
+        drop_schedule: DropSchedule = "cosine",
+        growth_values: GrowthValues = "zero",
+        redistribution: Redistribution | None = None,
+        layers: Sequence[str] | None = None,
+        optimizer: str | None = None,
+        compiled: bool | None = None,
+        check_replicas: bool = False,
+    ) -> None:
         super().__init__()
         check_int("update_every", update_every, 1)
         check_int("begin_step", begin_step, 0)
@@ -198,7 +200,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
                 f"Received: optimizer={optimizer!r}"
             )
         self.update_every = int(update_every)
-        self.drop_fraction = drop_fraction
+        self.drop_fraction: Any = drop_fraction
         self.drop_schedule = drop_schedule
         self.growth_values = growth_values
         self.redistribution = redistribution
@@ -217,7 +219,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     # ------------------------------------------------------------------ what a method is
 
-    def scores(self, weight, mask, gradient, update):
+    def scores(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         """What grows first: larger scores.
 
         Args:
@@ -242,7 +244,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             )
         return abs(gradient)
 
-    def values(self, weight, mask, gradient, update):
+    def values(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         """What is dropped first: smaller absolute values. Unless overridden, the weight.
 
         Args:
@@ -253,7 +255,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         """
         return weight
 
-    def new_mask(self, weight, mask, gradient, update):
+    def new_mask(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         """The next mask of one weight: a pure function.
 
         Choose by `update.units`, which keeps the structure of the mask. Any other mask without it
@@ -269,7 +271,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         scores = self.scores(weight, mask, gradient, update)
         return update.units.drop_and_grow(values, mask, scores, update.num_update, update.num_grow)
 
-    def grown(self, weight, mask, gradient, update):
+    def grown(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         """Where new connections start; unless overridden, as `growth_values` says.
 
         Args:
@@ -285,7 +287,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         draws = masks.random_scores(mask, self.seed ^ 2**63, update.index, update.step)
         return mean * (2 * draws - 1)
 
-    def plan(self, weights, active):
+    def plan(self, weights: list[Any], active: list[int]) -> list[dict[str, Any]]:
         """What an update must know of all weights together, before any of them changes.
 
         Args:
@@ -302,21 +304,21 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             numbers, grown = self._redistributed(weights, active, numbers)
         return [{"num_update": d, "num_grow": g} for d, g in zip(numbers, grown)]
 
-    def is_due(self):
+    def is_due(self) -> bool:
         """Whether masks change at the present step, a multiple of `update_every`."""
         return self.begin_step <= self._step < self._end_step
 
-    def is_over(self):
+    def is_over(self) -> bool:
         """Whether masks will not change any more."""
         return self._step >= self._end_step
 
-    def lease(self, optimizer):
+    def lease(self, optimizer: Any) -> Any:
         """The `Lease` on dense gradients that the method needs, or `None`."""
         return optimizer.lease_gradients() if self.uses_gradient else None
 
     # ------------------------------------------------------------------ any training loop
 
-    def begin(self, optimizer, total_steps=None):
+    def begin(self, optimizer: Any, total_steps: int | None = None) -> bool:
         """Start. Call once before the loop, with a built optimizer.
 
         Args:
@@ -382,7 +384,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
         else:
             self._first_step, self._end_step = 0, self.end_step
 
-    def step(self, batches=1):
+    def step(self, batches: int = 1) -> dict[str, float] | None:
         """Tell that the optimizer was applied; updates the masks when it is time.
 
         Args:
@@ -412,13 +414,15 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             self._logs["drop_fraction"] = self.current_drop_fraction(self._step)
         return dict(self._logs)
 
-    def end(self):
+    def end(self) -> None:
         """Stop; frees the dense gradients."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None
 
-    def stateless_step(self, optimizer_variables, trainable_variables):
+    def stateless_step(
+        self, optimizer_variables: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> Any:
         """`step` as a pure function on JAX, to be called inside of your jitted train step.
 
         ```
@@ -561,7 +565,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             return True
         return False
 
-    def current_drop_fraction(self, step):
+    def current_drop_fraction(self, step: Any) -> float:
         """f(t): float, or a tensor for a step that is one."""
         if is_schedule(self.drop_fraction):
             value = self.drop_fraction(step)
@@ -586,7 +590,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             and (self.layers is None or is_named(weight.topology, self.layers))
         ]
 
-    def update_masks(self):
+    def update_masks(self) -> None:
         """Change the masks now, whatever the schedule says."""
         if self.check_replicas:  # before: the update gives all replicas the same
             assert_replicas_agree(self.optimizer)
@@ -702,7 +706,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             return id(self)
         return key
 
-    def read_logs(self):
+    def read_logs(self) -> dict[str, float]:
         """What appears in the logs: dict of floats."""
         facts = self.optimizer.inspect(
             [weight for weight in self.optimizer.weights if weight.variable.trainable]

@@ -2,6 +2,7 @@
 
 import fnmatch
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,7 +15,7 @@ from keras_sparseopt.checks import check_sparsity
 from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.graph import Following
 from keras_sparseopt.initializers import SparseHeNormal
-from keras_sparseopt.structures import as_structure
+from keras_sparseopt.structures import StructureRules, as_structure
 from keras_sparseopt.topology import (
     attach,
     detach,
@@ -22,6 +23,7 @@ from keras_sparseopt.topology import (
     sparse_weights,
     topology_of,
 )
+from keras_sparseopt.typing import Array, Distribution, Rules, SkewCorrection, Sparsities
 
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _PLAIN = {
@@ -39,16 +41,16 @@ _DISTRIBUTIONS = {
 
 
 def sparsify(
-    model,
-    sparsity,
-    distribution="erk",
-    include=(),
-    exclude=(),
+    model: keras.Model,
+    sparsity: Sparsities,
+    distribution: Distribution = "erk",
+    include: Rules = (),
+    exclude: Rules = (),
     *,
-    structure=None,
-    skew_correction="auto",
-    seed=0,
-):
+    structure: StructureRules = None,
+    skew_correction: SkewCorrection = "auto",
+    seed: int = 0,
+) -> keras.Model:
     """Make a model sparse, in place: random, exact masks hang on its weights.
 
     Works on any built Keras model: Functional, Sequential, subclassed, KerasHub's, with layers
@@ -340,7 +342,7 @@ def _active_counts(model, kernels, sparsity, distribution, structures):
 # ---------------------------------------------------------------------- and back
 
 
-def strip(model):
+def strip(model: keras.Model) -> keras.Model:
     """Let go of all masks, in place: what stays is a plain Keras model with zeros in its weights.
 
     It gives the same outputs, is not compiled, and its files load where this package is not
@@ -416,7 +418,7 @@ def _make_plain(layer):
 # ---------------------------------------------------------------------- other topologies
 
 
-def set_mask(target, mask):
+def set_mask(target: Any, mask: Array) -> None:
     """Give a sparse weight a certain topology.
 
     Weights stay where both masks are active; where the mask newly activates, the weight
@@ -463,7 +465,13 @@ def set_mask(target, mask):
         optimizer.set_budget(topology)
 
 
-def masks_from_zeros(model, include=(), exclude=(), *, structure=None):
+def masks_from_zeros(
+    model: keras.Model,
+    include: Rules = (),
+    exclude: Rules = (),
+    *,
+    structure: StructureRules = None,
+) -> keras.Model:
     """Take the topology of an already sparse checkpoint: weights that are 0 become inactive.
 
     For a model that was pruned elsewhere, or saved without its optimizer. Weights that have no mask

@@ -1,7 +1,10 @@
 """What a sparse model costs: active weights and FLOPs per layer."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import keras
 from keras import layers as keras_layers
 
 from keras_sparseopt.backend import host
@@ -10,7 +13,7 @@ from keras_sparseopt.graph import Following
 from keras_sparseopt.topology import kernels_of, topology_of
 
 
-def layer_costs(model):
+def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
     """Cost of every kernel of a model, as rows of plain data: all weights that could be masked.
 
     FLOPs are those of one example's forward pass: 2 per multiply-add, kernels only (no bias,
@@ -105,7 +108,7 @@ def _flops_per_weight(kernel, graph):
     return None if positions is None else 2 * positions
 
 
-def summary(model, print_fn=print):
+def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
     """Print what is sparse: one line per kernel, the totals, and what stays dense.
 
     Args:

@@ -59,7 +59,7 @@ def _informed_scope(strategy):
         yield
 
 
-def resolve_strategy(name):
+def resolve_strategy(name: str) -> Devices:
     """Set up the devices for a name as `--strategy` options have it.
 
     | name | backend | what it is | who trains |
@@ -309,15 +309,15 @@ def check_fit(model, own_loop):
 
 
 def fit_distributed(
-    model,
-    data,
-    epochs=1,
-    steps_per_epoch=None,
-    initial_epoch=0,
-    validation_data=None,
-    callbacks=None,
-    verbose="auto",
-):
+    model: keras.Model,
+    data: Any,
+    epochs: int = 1,
+    steps_per_epoch: int | None = None,
+    initial_epoch: int = 0,
+    validation_data: Any = None,
+    callbacks: Any = None,
+    verbose: Any = "auto",
+) -> Any:
     """`fit` that also trains under `MultiWorkerMirroredStrategy` and `TPUStrategy`.
 
     Keras 3's `fit` fails with several workers and has open faults on TPUs, so their loop is here;
@@ -505,7 +505,7 @@ def _metrics(model):
 # ---------------------------------------------------------------------- agreement
 
 
-def assert_replicas_agree(model):
+def assert_replicas_agree(model: Any) -> None:
     """Check that all devices, of all workers, hold the same masks, weights and slots, bit for bit.
 
     Under several workers, call it on all of them. On one device there is nothing to compare.

@@ -1,6 +1,7 @@
 """How a global sparsity is shared out over layers: pure NumPy, no Keras."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def _check(shapes, sparsity):
     return shapes
 
 
-def uniform(shapes, sparsity):
+def uniform(shapes: Sequence[Sequence[int]], sparsity: float) -> list[float]:
     """Every kernel at the same sparsity.
 
     Args:
@@ -38,7 +39,7 @@ def uniform(shapes, sparsity):
     return [float(sparsity) for _ in _check(shapes, sparsity)]
 
 
-def er(shapes, sparsity):
+def er(shapes: Sequence[Sequence[int]], sparsity: float) -> list[float]:
     """Erdős–Rényi: density of a kernel ∝ `(in + out) / (in · out)`.
 
     Args:
@@ -66,7 +67,7 @@ def er(shapes, sparsity):
     return _solve(raw, shapes, sparsity)
 
 
-def erk(shapes, sparsity):
+def erk(shapes: Sequence[Sequence[int]], sparsity: float) -> list[float]:
     """Erdős–Rényi–Kernel: density of a kernel ∝ `Σ shape / Π shape`.
 
     ```

@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ from keras import ops
 from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.checks import check_bool, check_sparsity
 from keras_sparseopt.initializers import SparseHeNormal
-from keras_sparseopt.structures import as_structure, structure_config, units_of
+from keras_sparseopt.structures import Structure, as_structure, structure_config, units_of
 from keras_sparseopt.topology import Topology, einsum_neuron_axes
 
 # The masked kernels of the layers that are being called in this thread, by layer.
@@ -28,8 +29,14 @@ class SparseLayer(keras.layers.Layer):
     """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
 
     def __init__(
-        self, *args, sparsity=0.0, seed=None, skew_correction=True, structure=None, **kwargs
-    ):
+        self,
+        *args: Any,
+        sparsity: float = 0.0,
+        seed: int | None = None,
+        skew_correction: bool = True,
+        structure: Structure | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_sparsity(sparsity)
         if seed is not None and (
             isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0

@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt.backend import compiled, host, is_traced
+from keras_sparseopt.typing import Array
 
 MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
 _SAMPLE = 2**14
@@ -416,7 +417,9 @@ def _prune_compiled(weights, mask, number):
 # ---------------------------------------------------------------------- one name for both
 
 
-def drop_and_grow(weights, mask, scores, num_update, num_grow=None):
+def drop_and_grow(
+    weights: Array, mask: Array, scores: Array, num_update: int, num_grow: int | None = None
+) -> Array:
     """One mask update: drop the smallest active weights, grow the best-scored positions.
 
     ```

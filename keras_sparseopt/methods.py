@@ -4,6 +4,8 @@
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal, Unpack
 
 from keras import ops
 
@@ -19,6 +21,7 @@ from keras_sparseopt.checks import (
 )
 from keras_sparseopt.structures import ConstantFanIn, shared_budget
 from keras_sparseopt.topology import is_named
+from keras_sparseopt.typing import Array, DropFraction, Schedule, SeededSchedule
 
 
 class RigL(DynamicSparseTraining):
@@ -80,14 +83,14 @@ class RigL(DynamicSparseTraining):
 
     def __init__(
         self,
-        update_every=100,
-        drop_fraction=0.3,
-        begin_step=0,
-        end_step=None,
-        growth_gradient="original",
-        gradient_steps=1,
-        **schedule,
-    ):
+        update_every: int = 100,
+        drop_fraction: DropFraction = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        growth_gradient: Literal["original", "corrected"] = "original",
+        gradient_steps: int = 1,
+        **schedule: Unpack[SeededSchedule],
+    ) -> None:
         super().__init__(update_every, drop_fraction, begin_step, end_step, **schedule)
         if growth_gradient not in ("original", "corrected"):
             raise ValueError(
@@ -103,10 +106,10 @@ class RigL(DynamicSparseTraining):
         self.growth_gradient = growth_gradient
         self.gradient_steps = int(gradient_steps)
 
-    def lease(self, optimizer):
+    def lease(self, optimizer: Any) -> Any:
         return optimizer.lease_gradients(self.gradient_steps, self.update_every)
 
-    def scores(self, weight, mask, gradient, update):
+    def scores(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         if self.growth_gradient == "corrected" and update.skew_correction:
             scale = self.optimizer.correction(mask, update.neuron_axes)
             gradient = gradient * (host(scale) if masks.on_host(mask) else scale)
@@ -148,11 +151,17 @@ class SET(DynamicSparseTraining):
     """
 
     def __init__(
-        self, update_every=100, drop_fraction=0.3, begin_step=0, end_step=None, seed=0, **schedule
-    ):
+        self,
+        update_every: int = 100,
+        drop_fraction: DropFraction = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        seed: int = 0,
+        **schedule: Unpack[Schedule],
+    ) -> None:
         super().__init__(update_every, drop_fraction, begin_step, end_step, seed, **schedule)
 
-    def scores(self, weight, mask, gradient, update):
+    def scores(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         return update.units.random_scores(mask, self.seed, update.index, update.step)
 
 
@@ -196,23 +205,23 @@ class MEST(DynamicSparseTraining):
 
     def __init__(
         self,
-        update_every=100,
-        drop_fraction=0.3,
-        begin_step=0,
-        end_step=None,
-        seed=0,
-        gradient_weight=0.01,
-        **schedule,
-    ):
+        update_every: int = 100,
+        drop_fraction: DropFraction = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        seed: int = 0,
+        gradient_weight: float = 0.01,
+        **schedule: Unpack[Schedule],
+    ) -> None:
         super().__init__(update_every, drop_fraction, begin_step, end_step, seed, **schedule)
         check_float("gradient_weight", gradient_weight, 0, math.inf)
         self.gradient_weight = float(gradient_weight)
 
-    def values(self, weight, mask, gradient, update):
+    def values(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         weight, gradient = masks.as_float(weight), masks.as_float(gradient)
         return abs(weight) + self.gradient_weight * abs(gradient)
 
-    def scores(self, weight, mask, gradient, update):
+    def scores(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         return update.units.random_scores(mask, self.seed, update.index, update.step)
 
 
@@ -236,7 +245,7 @@ class Static(DynamicSparseTraining):
 
     grows = False
 
-    def __init__(self, **schedule):
+    def __init__(self, **schedule: Unpack[SeededSchedule]) -> None:
         super().__init__(update_every=1, drop_fraction=0.0, end_step=1, **schedule)
 
     def _check_interval(self, steps_per_execution):
@@ -245,7 +254,7 @@ class Static(DynamicSparseTraining):
     def _may_be_due(self, batches):
         return False
 
-    def is_due(self):
+    def is_due(self) -> bool:
         return False
 
 
@@ -290,20 +299,20 @@ class SNFS(DynamicSparseTraining):
 
     def __init__(
         self,
-        update_every=100,
-        drop_fraction=0.3,
-        begin_step=0,
-        end_step=None,
-        momentum=0.9,
-        **schedule,
-    ):
+        update_every: int = 100,
+        drop_fraction: DropFraction = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        momentum: float = 0.9,
+        **schedule: Unpack[SeededSchedule],
+    ) -> None:
         super().__init__(update_every, drop_fraction, begin_step, end_step, **schedule)
         check_float("momentum", momentum, 0, 1)
         if momentum == 0:
             raise ValueError(f"`momentum` must be in (0, 1). Received: momentum={momentum!r}")
         self.momentum = float(momentum)
 
-    def lease(self, optimizer):
+    def lease(self, optimizer: Any) -> Any:
         return optimizer.lease_gradients(momentum=self.momentum)
 
 
@@ -361,14 +370,14 @@ class GMP(DynamicSparseTraining):
 
     def __init__(
         self,
-        final_sparsity=0.9,
-        update_every=100,
-        begin_step=0,
-        end_step=None,
-        initial_sparsity=0.0,
-        scope="layer",
-        **schedule,
-    ):
+        final_sparsity: float = 0.9,
+        update_every: int = 100,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        initial_sparsity: float = 0.0,
+        scope: Literal["layer", "global"] = "layer",
+        **schedule: Unpack[SeededSchedule],
+    ) -> None:
         super().__init__(update_every, 0.0, begin_step, end_step, **schedule)
         if self.redistribution is not None:
             raise ValueError(
@@ -389,10 +398,10 @@ class GMP(DynamicSparseTraining):
         self.scope = scope
 
     # One update more than other methods: the one that reaches the final sparsity.
-    def is_due(self):
+    def is_due(self) -> bool:
         return self.begin_step <= self._step < self._end_step + self.update_every
 
-    def is_over(self):
+    def is_over(self) -> bool:
         return self._step >= self._end_step + self.update_every
 
     def _check_structures(self):
@@ -405,14 +414,14 @@ class GMP(DynamicSparseTraining):
                     f"structure need a method of their own (`layers=`). {error}"
                 ) from None
 
-    def target_sparsity(self, step):
+    def target_sparsity(self, step: Any) -> float:
         """The schedule's sparsity at an optimizer step: float."""
         begin = max(self.begin_step, self._first_step)
         progress = (step - begin) / max(self._end_step - begin, 1)
         rest = (1 - min(max(progress, 0.0), 1.0)) ** 3
         return self.final_sparsity + (self.initial_sparsity - self.final_sparsity) * rest
 
-    def plan(self, weights, active):
+    def plan(self, weights: list[Any], active: list[int]) -> list[dict[str, Any]]:
         sparsity, variables = self.target_sparsity(self._step), [w.variable for w in weights]
         if self.scope == "global":
             read = host if are_on_host(variables) else ops.convert_to_tensor
@@ -429,7 +438,7 @@ class GMP(DynamicSparseTraining):
             for weight, count, now in zip(weights, counts, active)
         ]
 
-    def new_mask(self, weight, mask, gradient, update):
+    def new_mask(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         return update.units.prune(weight, mask, update.count)
 
 
@@ -475,14 +484,14 @@ class GraNet(GMP):
 
     def __init__(
         self,
-        final_sparsity=0.9,
-        update_every=100,
-        begin_step=0,
-        end_step=None,
-        initial_sparsity=0.5,
-        drop_fraction=0.5,
-        **schedule,
-    ):
+        final_sparsity: float = 0.9,
+        update_every: int = 100,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        initial_sparsity: float = 0.5,
+        drop_fraction: DropFraction = 0.5,
+        **schedule: Unpack[SeededSchedule],
+    ) -> None:
         super().__init__(
             final_sparsity, update_every, begin_step, end_step, initial_sparsity, "global",
             **schedule,
@@ -491,12 +500,12 @@ class GraNet(GMP):
             check_fraction(drop_fraction)
         self.drop_fraction = drop_fraction
 
-    def plan(self, weights, active):
+    def plan(self, weights: list[Any], active: list[int]) -> list[dict[str, Any]]:
         counts = [numbers["count"] for numbers in super().plan(weights, active)]
         replaced = DynamicSparseTraining.plan(self, weights, counts)
         return [{"count": count, **numbers} for count, numbers in zip(counts, replaced)]
 
-    def new_mask(self, weight, mask, gradient, update):
+    def new_mask(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         pruned = update.units.prune(weight, mask, update.count)
         return update.units.drop_and_grow(weight, pruned, abs(gradient), update.num_update)
 
@@ -560,14 +569,14 @@ class SRigL(DynamicSparseTraining):
 
     def __init__(
         self,
-        update_every=100,
-        drop_fraction=0.3,
-        begin_step=0,
-        end_step=None,
-        min_salient=0.3,
-        ablation_exclude=(),
-        **schedule,
-    ):
+        update_every: int = 100,
+        drop_fraction: DropFraction = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        min_salient: float = 0.3,
+        ablation_exclude: Sequence[str] = (),
+        **schedule: Unpack[SeededSchedule],
+    ) -> None:
         super().__init__(update_every, drop_fraction, begin_step, end_step, **schedule)
         check_float("min_salient", min_salient, 0, 1)
         self.min_salient = float(min_salient)
@@ -586,7 +595,7 @@ class SRigL(DynamicSparseTraining):
             )
         super()._check_structures()
 
-    def plan(self, weights, active):
+    def plan(self, weights: list[Any], active: list[int]) -> list[dict[str, Any]]:
         budgets = host(self.optimizer.budgets)
         plan = super().plan(weights, active)
         for weight, numbers in zip(weights, plan):
@@ -597,7 +606,7 @@ class SRigL(DynamicSparseTraining):
             numbers.update(budget=budget, needed=needed)
         return plan
 
-    def new_mask(self, weight, mask, gradient, update):
+    def new_mask(self, weight: Array, mask: Array, gradient: Array, update: Any) -> Array:
         return masks.constant_fan_in(
             weight, mask, abs(gradient), update.num_update, update.budget,
             update.neuron_axes, update.needed,

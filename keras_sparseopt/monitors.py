@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from keras_sparseopt.backend import host
 from keras_sparseopt.callbacks import NO_GRADIENT, DynamicSparseTraining
 from keras_sparseopt.devices import worker_index
 from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
+from keras_sparseopt.typing import Path, SeededSchedule
 
 LOG_FILE = "gradient_flow.jsonl"
 
@@ -77,7 +79,13 @@ class GradientFlow(DynamicSparseTraining):
 
     uses_gradient = True
 
-    def __init__(self, every=100, p=2, log_dir=None, **schedule):
+    def __init__(
+        self,
+        every: int = 100,
+        p: int = 2,
+        log_dir: Path | None = None,
+        **schedule: Unpack[SeededSchedule],
+    ) -> None:
         super().__init__(update_every=every, drop_fraction=0.0, end_step=1, **schedule)
         analysis.check_p(p)
         self.p = p
@@ -90,7 +98,7 @@ class GradientFlow(DynamicSparseTraining):
             _tensorflow()
             self.log_dir.mkdir(parents=True, exist_ok=True)  # now: others may log there, too
 
-    def begin(self, optimizer, total_steps=None):
+    def begin(self, optimizer: Any, total_steps: int | None = None) -> bool:
         self.history, self._last_masks, self._sink = [], {}, None
         self._measured: dict = {}
         changed = super().begin(optimizer, total_steps)
@@ -101,16 +109,16 @@ class GradientFlow(DynamicSparseTraining):
         super()._settle()
         self._start = self._step  # where this training goes on from
 
-    def is_due(self):
+    def is_due(self) -> bool:
         return True
 
-    def is_over(self):
+    def is_over(self) -> bool:
         return False
 
-    def read_logs(self):
+    def read_logs(self) -> dict[str, float]:
         return dict(self._measured)  # the method logs the rest
 
-    def update_masks(self):
+    def update_masks(self) -> None:
         """Measure, and change nothing."""
         gradients, layers = [], []
         weights = self._weights()

@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import pathlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from keras_sparseopt.keras_internals import functional_of
 from keras_sparseopt.monitors import LOG_FILE, GradientFlow, read_log
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 from keras_sparseopt.topology import sparse_weights
+from keras_sparseopt.typing import Path
 
 _TOPOLOGY = {
     "sparsity": "sparsity",
@@ -26,7 +28,13 @@ _TOPOLOGY = {
 _MEASURED = ("effective_gradient_flow", "gradient_flow", "skew_angle", "skew_jump")
 
 
-def report(history, model, directory="report", gradient_flow=None, title=None):
+def report(
+    history: Any,
+    model: keras.Model,
+    directory: Path = "report",
+    gradient_flow: Any = None,
+    title: str | None = None,
+) -> pathlib.Path:
     """Writes a page about a sparse training: pictures as PNG files, and all of it as one HTML file.
 
     Curves of the training; sparsity and ITOP rate; sparsity of every layer; fan-in of the neurons;

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import math
 import typing
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -371,6 +373,10 @@ def _padded(matrix, inputs, neurons):
     if not any(missing):
         return matrix
     return masks.xp_of(matrix).pad(matrix, [[0, 0], [0, missing[0]], [0, missing[1]]])
+
+
+# One structure, or which weights have which: `{rule: structure}`.
+StructureRules = Structure | Mapping[Any, Structure] | None
 
 
 def as_structure(structure):

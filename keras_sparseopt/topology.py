@@ -4,6 +4,7 @@ import contextlib
 import fnmatch
 import math
 import weakref
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,6 +26,7 @@ from keras_sparseopt.structures import (
     structure_config,
     units_of,
 )
+from keras_sparseopt.typing import Variable
 
 # ---------------------------------------------------------------------- axes of kernels
 
@@ -461,7 +463,7 @@ def topology_of(variable):
 # ---------------------------------------------------------------------- finding them
 
 
-def sparse_weights(model):
+def sparse_weights(model: keras.Model) -> list[Variable]:
     """The sparse weights of a model, each once, in the model's order.
 
     Args:
@@ -485,7 +487,7 @@ def sparse_weights(model):
     return [v for v in model.weights if topology_of(v) is not None and v is not v.topology.mask]
 
 
-def sparse_layers(model):
+def sparse_layers(model: keras.Model) -> list[Any]:
     """The layers of a model that own a sparse weight, nested ones too, each once.
 
     Args:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -62,7 +63,7 @@ class CompactedModel:
         return "\n".join([*lines, f"weights: {before:,} → {after:,}"])
 
 
-def compact(model, inputs=None):
+def compact(model: keras.Model, inputs: Any = None) -> CompactedModel:
     """A copy of a model without the neurons that do nothing: smaller, plain, and exactly the same.
 
     ```

@@ -206,7 +206,9 @@ class CondensedModel:
         return "\n".join(lines)
 
 
-def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
+def condense(
+    model: keras.Model, batch_size: int = 1, inputs: Any = None, min_speedup: float = 1.1
+) -> CondensedModel:
     """A copy of a model whose dense layers multiply without their zeros, where that is faster here.
 
     For each `Dense`, `EinsumDense` that is a product of two matrices, and 1×1 convolution of which
@@ -289,7 +291,7 @@ def condense(model, batch_size=1, inputs=None, min_speedup=1.1):
     return CondensedModel(copied, found)
 
 
-def csr_matrices(model):
+def csr_matrices(model: keras.Model) -> dict[str, Any]:
     """The sparse dense layers of a model as SciPy matrices, for inference in NumPy.
 
     SciPy multiplies them without the zeros and without a framework's overhead, which wins for one

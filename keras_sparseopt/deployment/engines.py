@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import keras
 import numpy as np
@@ -67,7 +68,7 @@ class SparseInference:
         return "\n".join(lines)
 
 
-def sparse_inference_report(model, inputs=None):
+def sparse_inference_report(model: keras.Model, inputs: Any = None) -> SparseInference:
     """Say which sparse engines will take a model, and what is in the way of those that will not.
 
     Two engines that come with TFLite compute without the zeros: XNNPACK's for 1×1 convolutions, in

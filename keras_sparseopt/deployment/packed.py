@@ -8,6 +8,7 @@ import math
 import pathlib
 import tempfile
 import zipfile
+from typing import Any
 
 import h5py
 import keras
@@ -26,11 +27,12 @@ from keras_sparseopt.conversion import (
 from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.files import check_place, read_whole, write_whole
 from keras_sparseopt.topology import attach_saved, detach, topology_of
+from keras_sparseopt.typing import Path
 
 _WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
 
 
-def save_packed(model, path, include_optimizer=False):
+def save_packed(model: keras.Model, path: Path, include_optimizer: bool = False) -> Any:
     """Save a sparse model in a small file, without loss.
 
     ```
@@ -78,7 +80,9 @@ def save_packed(model, path, include_optimizer=False):
         write_whole(path, lambda file: _pack(saved, file, model, include_optimizer))
 
 
-def load_packed(path, model=None, masks=True, **options):
+def load_packed(
+    path: Path, model: keras.Model | None = None, masks: bool = True, **options: Any
+) -> keras.Model:
     """The model that `save_packed` has saved.
 
     Args:

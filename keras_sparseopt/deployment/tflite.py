@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,6 +23,7 @@ from keras_sparseopt.deployment.measuring import relative_difference
 from keras_sparseopt.deployment.products import active_values
 from keras_sparseopt.files import check_place, write_aside
 from keras_sparseopt.topology import topology_of
+from keras_sparseopt.typing import Path
 
 # How much outputs may differ, in parts of the largest one.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
@@ -62,7 +64,13 @@ class TFLiteFile:
         return "\n".join(lines)
 
 
-def export_tflite(model, path, float16=False, batch_size=None, inputs=None):
+def export_tflite(
+    model: keras.Model,
+    path: Path,
+    float16: bool = False,
+    batch_size: int | None = None,
+    inputs: Any = None,
+) -> TFLiteFile:
     """Write a `.tflite` file with the sparse weights stored sparse, for inputs of one size.
 
     The file is run by the interpreter before it is written, and compared with the model: one that

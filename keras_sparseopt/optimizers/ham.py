@@ -1,5 +1,7 @@
 """Hyperbolic Aware Minimization."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -64,7 +66,13 @@ class HAM(WrapperOptimizer):
             HAM: "the hyperbolic step would be applied twice",
         }
 
-    def __init__(self, inner_optimizer, alpha=200.0, beta=1e-3, name=None):
+    def __init__(
+        self,
+        inner_optimizer: Any,
+        alpha: float = 200.0,
+        beta: float = 1e-3,
+        name: str | None = None,
+    ) -> None:
         for argument, value in (("alpha", alpha), ("beta", beta)):
             if not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"`{argument}` must be ≥ 0. Received: {argument}={value!r}")
@@ -97,5 +105,5 @@ class HAM(WrapperOptimizer):
         finite = ops.all(ops.isfinite(g))
         self.inner_optimizer.assign(variable, ops.where(finite, new, w))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "alpha": self.alpha, "beta": self.beta}

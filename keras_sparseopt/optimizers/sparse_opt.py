@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 import weakref
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,6 +26,7 @@ from keras_sparseopt.checks import check_bool
 from keras_sparseopt.devices import check_optimizer, check_strategy
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
 from keras_sparseopt.topology import attach_saved, own_constraint, topology_of
+from keras_sparseopt.typing import Array, Variable
 
 # What a dense gradient is before any step has written it.
 UNWRITTEN = -math.inf
@@ -198,8 +200,13 @@ class SparseOpt(WrapperOptimizer):
     holds_masks = True
 
     def __init__(
-        self, inner_optimizer, skew_correction=True, renormalize=False, name=None, topologies=None
-    ):
+        self,
+        inner_optimizer: Any,
+        skew_correction: bool = True,
+        renormalize: bool = False,
+        name: str | None = None,
+        topologies: Any = None,
+    ) -> None:
         check_bool("skew_correction", skew_correction)
         check_bool("renormalize", renormalize)
         super().__init__(inner_optimizer, name=name)
@@ -406,7 +413,9 @@ class SparseOpt(WrapperOptimizer):
             )
         return weight
 
-    def rewire(self, variable, new_mask, keeps_budget=False, grown=None):
+    def rewire(
+        self, variable: Variable, new_mask: Array, keeps_budget: bool = False, grown: Array = None
+    ):
         """Change one weight's topology: mask, weight and slots together.
 
         Connections in both masks keep weight and slots. New ones start with slots 0 and the
@@ -607,7 +616,7 @@ class SparseOpt(WrapperOptimizer):
 
         return move
 
-    def itop_rate(self, all_weights=False):
+    def itop_rate(self, all_weights: bool = False) -> float:
         """In-time over-parameterisation: the fraction of sparse weights ever active.
 
         ```
@@ -639,7 +648,7 @@ class SparseOpt(WrapperOptimizer):
             explored, total = explored + dense, total + dense
         return explored / total
 
-    def dead_neurons(self):
+    def dead_neurons(self) -> int:
         """How many neurons of the sparse weights have no active incoming weight: int.
 
         They compute a constant, and what grows towards them is all that can bring them back.
@@ -659,7 +668,7 @@ class SparseOpt(WrapperOptimizer):
 
     # ------------------------------------------------------------------ dense gradients
 
-    def lease_gradients(self, steps=1, every=None, momentum=None):
+    def lease_gradients(self, steps: int = 1, every: Any = None, momentum: float | None = None):
         """Begin to keep the dense gradient of every sparse weight, for as long as the lease lives.
 
         A train step that was compiled before must be made again, or does not write them; the
@@ -749,7 +758,7 @@ class SparseOpt(WrapperOptimizer):
         if self.weights:
             self._take_masks(explores=False)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             **super().get_config(),
             "skew_correction": self.skew_correction,
