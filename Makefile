@@ -1,5 +1,6 @@
 # make demo: trains on scikit-learn's digits and draws a picture (about five minutes)
 # make test: lint, types and the whole test suite on the TensorFlow and the JAX backend
+# make docs: builds the documentation into docs/_build, and runs every example in it
 # make browser: serves the page that runs a dense and a sparse network side by side (needs npm)
 # make browser-test: tests that page in headless Chromium (needs Node 20, npm and Chromium)
 PYTHON ?= python3
@@ -13,10 +14,14 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 PAGE = examples/browser
 PORT ?= 8000
 
-.PHONY: demo test test-tensorflow test-jax lint nightly-keras bench peers browser browser-test clean
+.PHONY: demo docs test test-tensorflow test-jax lint nightly-keras bench peers browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
+
+docs: $(VENV)/.docs
+	KERAS_BACKEND=tensorflow $(BIN)/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
 
 test: lint test-tensorflow test-jax
 
@@ -75,5 +80,9 @@ $(VENV)/.test: $(VENV)/bin/python setup.cfg
 	$(BIN)/python -m pip install --quiet --no-deps $(KERAS_HUB)
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .peers docs/_build build dist *.egg-info

@@ -53,7 +53,7 @@ from keras_sparseopt.reporting import report
 from keras_sparseopt.structures import NM, Block, ConstantFanIn, Unstructured
 from keras_sparseopt.topology import sparse_layers, sparse_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GMP",

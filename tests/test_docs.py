@@ -41,6 +41,6 @@ def test_every_argument_is_documented(name):
 
 def test_readme_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for page in ("README.md", "docs/models.md", "docs/structures.md"):
+    for page in ("README.md", "docs/models.md", "docs/structures.md"):  # `make docs` runs the rest
         for code in examples((ROOT / page).read_text()):
             exec(compile(code, f"<{page}>", "exec"), {"__name__": "example"})

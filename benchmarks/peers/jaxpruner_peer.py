@@ -236,9 +236,15 @@ class JaxPruner(measuring.Peer):
             try:
                 params = model.init(jax.random.PRNGKey(0), x)["params"]
                 state = updater_of().wrap_optax(sgd()).init(params)
-                paths = jax.tree_util.tree_flatten_with_path(params)[0]
-                total = sum(w.size for path, w in paths if "kernel" in str(path[-1]))
-                found[name] = sum(mask.size for mask in masks_in(state.masks)) / total
+                weights = jax.tree_util.tree_flatten_with_path(params)[0]
+                masks = jax.tree_util.tree_flatten_with_path(state.masks)[0]
+                total, masked = (
+                    sum(w.size for path, w in leaves if "kernel" in str(path[-1]))
+                    for leaves in (weights, masks)
+                )
+                found[name] = masked / total
+                if any("bias" in str(path[-1]) for path, _ in masks):
+                    found[name] = f"{masked / total:.0%}, and biases of rank 2"
             except Exception as error:
                 found[name] = f"{type(error).__name__}: {error}"[:160]
         return found

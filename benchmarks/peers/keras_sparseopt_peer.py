@@ -106,7 +106,8 @@ class Ours(measuring.Peer):
         x, y = batch(network)
         dense, masked = compiled(NETWORKS[network](), sgd()), sparse(NETWORKS[network]())
         masked.optimizer.build(masked.trainable_variables)
-        kso.RigL(NEVER, end_step=2 * NEVER).begin(masked.optimizer)  # keeps the gradient
+        self.rigl = kso.RigL(NEVER, end_step=2 * NEVER)
+        self.rigl.begin(masked.optimizer)  # keeps the gradient, as long as it lives
         return {
             "dense": lambda: dense.train_on_batch(x, y),
             "sparse": lambda: masked.train_on_batch(x, y),
@@ -140,12 +141,11 @@ class Ours(measuring.Peer):
         dense, masked = compiled(resnet20(), sgd()), sparse(resnet20())
         for model in (dense, masked):
             model.optimizer.build(model.trainable_variables)
-        kso.RigL(end_step=NEVER).begin(masked.optimizer)
+        rigl = kso.RigL(end_step=NEVER)
+        rigl.begin(masked.optimizer)
         optimizer = masked.optimizer
         seen = {id(v): v for v in (*optimizer.variables, *optimizer.transient_variables)}
-        kept = sum(
-            v.value.nbytes if hasattr(v.value, "nbytes") else _size(v) for v in seen.values()
-        )
+        kept = sum(map(_size, seen.values()))
         kept -= sum(_size(v) for v in dense.optimizer.variables)
         return kept / sum(mask.size for mask in masks_of(masked))
 

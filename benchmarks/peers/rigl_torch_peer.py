@@ -120,7 +120,7 @@ class RigLTorch(measuring.Peer):
             try:
                 module = nn.Sequential(nn.Linear(2, 2), module)  # the first one it leaves dense
                 scheduler = scheduler_of(module, networks.sgd(module))
-                masked = sum(m.numel() for m in scheduler.backward_masks if m is not None)
+                masked = sum(m.numel() for m in scheduler.backward_masks[1:] if m is not None)
                 found[name] = masked / sum(p.numel() for p in kernels.values())
             except Exception as error:
                 found[name] = f"{type(error).__name__}: {error}"

@@ -176,3 +176,29 @@ def blocks():
 def kernels_of(module):
     """All weights that multiply: parameters of rank ≥ 2."""
     return {name: p for name, p in module.named_parameters() if p.ndim >= 2}
+
+
+INPUTS = {
+    "dense": (4, 16), "convolution 1D": (2, 8, 9), "convolution 2D": (2, 8, 9, 9),
+    "convolution 3D": (2, 4, 7, 7, 7), "transposed convolution": (2, 8, 9, 9), "LSTM": (4, 2, 16),
+    "GRU": (4, 2, 16), "kernel of an own layer": (4, 16), "layers inside of layers": (4, 16),
+}  # fmt: skip
+
+
+def reaches_output(name, module, masks):
+    """Whether the masks change what the module computes: 0 in all of them must be seen."""
+
+    def output():
+        if name == "attention":
+            x = torch.ones(4, 2, 16)
+            result = module[-1](x, x, x)
+        else:
+            result = module(torch.ones(INPUTS[name]))
+        return (result[0] if isinstance(result, tuple) else result).detach().clone()
+
+    module.train()
+    before = output()
+    with torch.no_grad():
+        for mask in masks:
+            mask.zero_()
+    return not torch.equal(before, output())

@@ -1,0 +1,103 @@
+"""The documentation site: `make docs` builds it, and runs every Python block of every page."""
+
+import inspect
+import pathlib
+import re
+import textwrap
+
+import keras_sparseopt as kso
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+project = "keras_sparseopt"
+author = "The keras_sparseopt authors"
+copyright = "the keras_sparseopt authors"
+release = version = kso.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"keras_sparseopt {release}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say more
+autodoc_class_signature = "mixed"
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_in_temp = True
+nb_execution_timeout = 900
+nb_output_stderr = "remove"  # TensorFlow's greetings
+nb_merge_streams = True
+
+NOTEBOOK = """---
+file_format: mystnb
+kernelspec:
+  name: python3
+---
+"""
+
+
+def make_notebook(app, docname, source):
+    """Python blocks become cells: they run, and what they print stands below them."""
+    if "```python\n" in source[0]:
+        source[0] = NOTEBOOK + source[0].replace("```python\n", "```{code-cell} python\n")
+
+
+def as_restructured_text(app, what, name, item, options, lines):
+    """The docstrings are Markdown in the way of Keras: fences and single backticks."""
+    text = "\n".join(lines)
+
+    def block(found):
+        indent, language, code = found[1], found[2] or "text", textwrap.dedent(found[3])
+        code = textwrap.indent(code, indent + "    ")
+        return f"{indent}.. code-block:: {language}\n\n{code}\n"
+
+    text = re.sub(r"(?ms)^( *)```(\w*)\n(.*?)^ *```$", block, text)
+    parts = re.split(r"(?ms)(^ *\.\. code-block::.*?(?=^\S|\Z))", text)
+    parts[::2] = [re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"``\1``", part) for part in parts[::2]]
+    text = "".join(parts).replace("|", "\\|").replace("**schedule", "\\*\\*schedule")
+    lines[:] = text.split("\n")
+
+
+GROUPS = {
+    "Make a model sparse": "sparsify set_mask masks_from_zeros prune_at_init strip",
+    "Layers sparse by construction": "SparseDense SparseConv1D SparseConv2D SparseConv3D "
+    "SparseEinsumDense SparseHeNormal",
+    "Optimizers": "SparseOpt HAM",
+    "Methods": "DynamicSparseTraining RigL SET MEST SNFS Static GMP GraNet SRigL",
+    "Structures": "Unstructured Block NM ConstantFanIn",
+    "Look at it": "summary layer_costs sparse_weights sparse_layers connectivity GradientFlow "
+    "report itop_rate effective_gradient_flow gradient_flow gradient_skew measured_skew "
+    "mask_overlap",
+    "After training": "export_tflite sparse_inference_report save_packed load_packed condense "
+    "csr_matrices compact",
+    "Several devices, and resuming": "resolve_strategy fit_distributed assert_replicas_agree "
+    "BackupAndRestore",
+    "Arithmetic": "uniform er erk drop_and_grow",
+}
+
+
+def write_reference(app):
+    """reference.md from the public names: each once, in its group."""
+    grouped = [name for names in GROUPS.values() for name in names.split()]
+    if sorted(grouped) != sorted(kso.__all__):
+        raise ValueError(f"GROUPS and __all__ differ: {set(grouped) ^ set(kso.__all__)}")
+    text = "# Reference\n\nEvery public name, as its docstring describes it.\n"
+    for group, names in GROUPS.items():
+        text += f"\n## {group}\n"
+        for name in names.split():
+            kind = "autoclass" if inspect.isclass(getattr(kso, name)) else "autofunction"
+            text += f"\n### `{name}`\n\n```{{eval-rst}}\n.. {kind}:: keras_sparseopt.{name}\n```\n"
+    path = ROOT / "docs" / "reference.md"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def setup(app):
+    app.connect("builder-inited", write_reference)
+    app.connect("source-read", make_notebook)
+    app.connect("autodoc-process-docstring", as_restructured_text, priority=100)
