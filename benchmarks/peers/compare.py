@@ -184,6 +184,8 @@ def main(argv=None):
             for name, (python, program, variables) in peers.items():
                 results[name].append(measured(python, program, row, variables))
         found = {name: median_of(several) for name, several in results.items()}
+        if rounds > 1:
+            found = {name: {**result, "rounds": rounds} for name, result in found.items()}
         if row == "semantics":
             found = checked(found)
         print(f"\n{row}", flush=True)
@@ -193,7 +195,7 @@ def main(argv=None):
         command = "python benchmarks/peers/compare.py" + (
             " --jaxpruner CHECKOUT" if args.jaxpruner else ""
         )
-        content = {"command": command, **facts(), "rounds": args.rounds, "rows": known}
+        content = {"command": command, **facts(), "rows": known}
         args.output.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n→ {args.output}")
 

@@ -261,10 +261,7 @@ class Ours(measuring.Peer):
 
 
 def _size(variable):
-    return (
-        int(np.prod(variable.shape))
-        * np.dtype(keras.backend.standardize_dtype(variable.dtype)).itemsize
-    )
+    return keras.ops.convert_to_numpy(variable).nbytes  # TensorFlow's may have a shape only now
 
 
 if __name__ == "__main__":
