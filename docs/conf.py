@@ -32,6 +32,7 @@ nb_execution_in_temp = True
 nb_execution_timeout = 900
 nb_output_stderr = "remove"  # TensorFlow's greetings
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables
 
 NOTEBOOK = """---
 file_format: mystnb
@@ -42,9 +43,14 @@ kernelspec:
 
 
 def make_notebook(app, docname, source):
-    """Python blocks become cells: they run, and what they print stands below them."""
-    if "```python\n" in source[0]:
-        source[0] = NOTEBOOK + source[0].replace("```python\n", "```{code-cell} python\n")
+    """Python blocks become cells: they run, and what they print stands below them.
+
+    Of a block that begins with ```python draw, only what it draws is shown.
+    """
+    text = source[0].replace("```python\n", "```{code-cell} python\n")
+    text = text.replace("```python draw\n", "```{code-cell} python\n:tags: [remove-input]\n\n")
+    if text != source[0]:
+        source[0] = NOTEBOOK + text
 
 
 def as_restructured_text(app, what, name, item, options, lines):
@@ -56,6 +62,13 @@ def as_restructured_text(app, what, name, item, options, lines):
         code = textwrap.indent(code, indent + "    ")
         return f"{indent}.. code-block:: {language}\n\n{code}\n"
 
+    def table(found):
+        rows = [line.strip().strip("|").split("|") for line in found[0].strip().split("\n")]
+        cells = [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= {"-"}]
+        lines = ["* - " + "\n     - ".join(row) for row in cells]
+        return ".. list-table::\n\n   " + "\n   ".join(lines) + "\n\n"
+
+    text = re.sub(r"(?m)(^\|.*\|\n)+", table, text)
     text = re.sub(r"(?ms)^( *)```(\w*)\n(.*?)^ *```$", block, text)
     parts = re.split(r"(?ms)(^ *\.\. code-block::.*?(?=^\S|\Z))", text)
     parts[::2] = [re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"``\1``", part) for part in parts[::2]]

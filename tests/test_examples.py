@@ -27,6 +27,17 @@ def test_digits(tmp_path, capsys):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.backend("jax")
+def test_a_loop_in_one_jit_learns_and_moves_masks(capsys):
+    import loop_jax
+
+    accuracy, itop_rate = loop_jax.main()
+    assert accuracy > 0.95 and itop_rate > 0.11
+    counts = capsys.readouterr().out.rpartition("[")[2].strip("]\n").split(", ")
+    # 10 % of 64 · 128 + 128 · 10 weights; some just grown ones may still be 0.
+    assert 0.97 * 947 <= sum(map(int, counts)) <= 947
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_cifar_resnet_resumes_exactly_by_the_same_command(tmp_path, monkeypatch):
     """On made-up images: an interrupted run, started again, equals the uninterrupted one."""

@@ -200,3 +200,74 @@ def test_every_experiment_is_made_of_known_settings(proxy, experiments, capsys):
     assert all(name in listed for name in experiments.EXPERIMENTS)
     with pytest.raises(SystemExit):
         experiments.main(["nonsense"])
+
+
+# ------------------------------------------------------------------------- what starves neurons
+
+
+def test_rankings_of_what_is_dropped_by_hand(proxy):
+    """Two neurons, of fan-in 4 and 1."""
+    weight = np.array([[4.0, 3.0], [-2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
+    mask = weight != 0
+    fan_in = mask.sum(axis=0)
+    ranked = {name: rank(weight, mask, fan_in) for name, rank in proxy.DROP_BY.items()}
+    np.testing.assert_array_equal(ranked["magnitude"], abs(weight))
+    np.testing.assert_allclose(ranked["fan_in"][0], [4 / 2, 3 / 1])
+    norm = np.sqrt(16 + 4 + 1 + 0.25)
+    np.testing.assert_allclose(ranked["norm"][:, 0], [4 / norm, 2 / norm, 1 / norm, 0.5 / norm])
+    # ⌈mean fan-in / 4⌉ = 1: the largest of every neuron stays.
+    np.testing.assert_array_equal(ranked["least_fan_in"], [[np.inf] * 2, [2, 0], [1, 0], [0.5, 0]])
+
+
+@pytest.mark.parametrize("drop_by", ["magnitude", "fan_in"])
+def test_the_ranking_reaches_the_mask(proxy, drop_by):
+    """RigL drops 1 of 5 weights: the smallest, or the smallest over √(fan-in)."""
+    weight = np.array([[4.0, 0.6], [-2.0, 0.0], [1.0, 0.0], [0.8, 0.0]], "float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, use_bias=False)])
+    model.layers[0].set_weights([weight])
+    kso.masks_from_zeros(model)
+    setting = proxy.full({"drop_by": drop_by})
+    rigl = proxy.ranked(kso.RigL, setting)(1, 0.2, compiled=False)
+    mask, gradient = weight != 0, np.zeros_like(weight)
+    gradient[1, 1] = 1.0
+    (variable,) = kso.sparse_weights(model)
+    units = variable.topology.units
+    update = type("Update", (), {"units": units, "num_update": 1, "num_grow": 1})
+    new = rigl.new_mask(weight, mask, gradient, update)
+    dropped = {"magnitude": (0, 1), "fan_in": (3, 0)}[drop_by]
+    assert not new[dropped] and new[1, 1] and new.sum() == 5
+
+
+def test_drops_are_counted_by_decile_of_fan_in(proxy):
+    setting = proxy.full({"widths": (8,), "sparsity": 0.8})
+    model = proxy.make_model((16, 16, 3), setting)
+    optimizer = proxy.make_optimizer(setting, 100, model)
+    model.compile(optimizer, loss="mse")
+    optimizer.build(model.trainable_variables)
+    optimizer.drops = np.zeros((2, 10))
+    weight = max(kso.sparse_weights(model), key=lambda w: w.shape[-1])
+    old = array(weight.topology.mask)
+    new = old.copy()
+    fan_in = old.sum(axis=tuple(range(old.ndim - 1)))
+    densest = int(np.argsort(fan_in, kind="stable")[-1])
+    new[..., densest] = False
+    optimizer.rewire(weight, new)
+    assert optimizer.drops[0, -1] == fan_in[densest] and optimizer.drops[0, :-1].sum() == 0
+    assert optimizer.drops[1].sum() == old.sum()
+
+
+def test_fair_drop_runs(tmp_path, capsys, monkeypatch):
+    import fair_drop
+
+    rankings = {name: fair_drop.RANKINGS[name] for name in fair_drop.RATES_RANKINGS}
+    monkeypatch.setattr(fair_drop, "RANKINGS", rankings)
+    monkeypatch.setattr(fair_drop, "LEARNING_RATES", (0.1,))
+    arguments = ["loop", "rates", "--quick", "--output", str(tmp_path)]
+    content = fair_drop.main(arguments)
+    assert len(content["loop"]) == 4 and all(row["seeds"] == 2 for row in content["loop"])
+    assert [row["gain"]["mean"] for row in content["loop"] if row["ranking"] == "|w|"] == [0, 0]
+    assert {row["correction"] for row in content["rates"]} == {"masked only", "SparseOpt"}
+    assert (tmp_path / "quick" / "fair_drop.png").read_bytes().startswith(b"\x89PNG")
+    assert "SparseOpt minus masked only" in capsys.readouterr().out
+    trained = len(content["runs"])
+    assert len(fair_drop.main(arguments)["runs"]) == trained == 16  # none is repeated
