@@ -14,7 +14,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 PAGE = examples/browser
 PORT ?= 8000
 
-.PHONY: demo docs test test-tensorflow test-jax lint nightly-keras bench peers browser browser-test clean
+.PHONY: demo docs linkcheck test test-tensorflow test-jax lint nightly-keras bench peers browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -22,6 +22,10 @@ demo: $(VENV)/.demo
 docs: $(VENV)/.docs
 	KERAS_BACKEND=tensorflow $(BIN)/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
+
+# Links to other sites; `make docs` checks those within this one.
+linkcheck: $(VENV)/.docs
+	$(BIN)/python -m sphinx -D nb_execution_mode=off -b linkcheck docs docs/_build/links
 
 test: lint test-tensorflow test-jax
 

@@ -53,6 +53,10 @@ def make_notebook(app, docname, source):
         source[0] = NOTEBOOK + text
 
 
+def _escaped(found):
+    return "".join("\\" + character for character in found[0])
+
+
 def as_restructured_text(app, what, name, item, options, lines):
     """The docstrings are Markdown in the way of Keras: fences and single backticks."""
     text = "\n".join(lines)
@@ -70,9 +74,16 @@ def as_restructured_text(app, what, name, item, options, lines):
 
     text = re.sub(r"(?m)(^\|.*\|\n)+", table, text)
     text = re.sub(r"(?ms)^( *)```(\w*)\n(.*?)^ *```$", block, text)
+
+    def prose(part):
+        words = re.split(r"(?<!`)(`[^`\n]+`)(?!`)", part)
+        words[::2] = [re.sub(r"\||\*\*(?=schedule\b)", _escaped, word) for word in words[::2]]
+        words[1::2] = [f"`{word}`" for word in words[1::2]]
+        return "".join(words)
+
     parts = re.split(r"(?ms)(^ *\.\. code-block::.*?(?=^\S|\Z))", text)
-    parts[::2] = [re.sub(r"(?<!`)`([^`\n]+)`(?!`)", r"``\1``", part) for part in parts[::2]]
-    text = "".join(parts).replace("|", "\\|").replace("**schedule", "\\*\\*schedule")
+    parts[::2] = [prose(part) for part in parts[::2]]
+    text = "".join(parts)
     lines[:] = text.split("\n")
 
 

@@ -44,3 +44,25 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     for page in ("README.md", "docs/models.md", "docs/structures.md"):  # `make docs` runs the rest
         for code in examples((ROOT / page).read_text()):
             exec(compile(code, f"<{page}>", "exec"), {"__name__": "example"})
+
+
+def test_every_public_name_is_in_the_reference_once(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import conf
+
+    grouped = [name for names in conf.GROUPS.values() for name in names.split()]
+    assert sorted(grouped) == sorted(kso.__all__)
+
+
+def test_docstrings_become_restructured_text(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import conf
+
+    lines = ["`x | y` of **all**:", "", "| a | b |", "|---|---|", "| `c` | d |", ""]
+    lines += ["```python", "y = `z` | 1", "```", "|g| ends it."]
+    conf.as_restructured_text(None, "function", "f", None, None, lines)
+    text = "\n".join(lines)
+    assert text.startswith("``x | y`` of **all**:")
+    assert ".. list-table::\n\n   * - a\n     - b\n   * - ``c``\n     - d\n" in text
+    assert ".. code-block:: python\n\n    y = `z` | 1\n" in text
+    assert "\\|g\\| ends it." in text
