@@ -717,7 +717,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
             "drop_fraction": self.current_drop_fraction(self._step),
             "itop_rate": self.optimizer.itop_rate(),
             "mask_change": float(host(self.optimizer.mask_change)),
-            "dead_neurons": self.optimizer.dead_neurons(),
+            "dead_neurons": float(self.optimizer.dead_neurons()),
         }
 
     # ------------------------------------------------------------------ inside of `fit`
