@@ -30,7 +30,7 @@ model.compile(
     keras.losses.SparseCategoricalCrossentropy(from_logits=True),
 )
 rng = np.random.default_rng(0)
-x, y = rng.normal(size=(256, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 256)
+x, y = rng.normal(size=(256, 8, 8, 1)).astype("float32"), rng.integers(0, 10, 256).astype("int32")
 history = model.fit(x, y, epochs=2, verbose=0, callbacks=[kso.RigL(update_every=4)]).history
 assert history["itop_rate"][-1] > 1 - history["sparsity"][-1], "no mask moved"
 model.save("model.keras")

@@ -108,27 +108,37 @@ def main():
     parser.add_argument("--only", choices=["newest", "lowest"])
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "results" / "versions.json")
     args = parser.parse_args()
-    rows, failed = [], False
+    # What was tried before stays, unless it is tried again.
+    known = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    tried_now, failed = {}, False
+
+    def write():
+        key = ("python", "backends", "versions")
+        old = {tuple(row.get(k) for k in key): row for row in known}
+        content = {
+            "command": "python .ci/versions.py",
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+            "rows": list({**old, **tried_now}.values()),
+        }
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         wheel = build(folder)
         choices = [args.only] if args.only else ["newest", "lowest"]
         for versions, python, name in itertools.product(choices, args.python, args.backends):
+            where = python, name, versions
             if shutil.which(python) is None or run([python, "-c", ""]).returncode:
-                rows.append({"python": python, "result": "this Python is not on the machine"})
-                continue
-            row = tried(python, name, versions, wheel, folder)
-            rows.append(row)
+                row = dict(zip(("python", "backends", "versions"), where))
+                row["result"] = "this Python is not on the machine"
+            else:
+                row = tried(*where, wheel, folder)
+            tried_now[where] = row
             print(json.dumps(row), flush=True)
             result = row["result"]
             failed |= isinstance(result, dict) and set(result.values()) != {"works"}
-            content = {
-                "command": "python .ci/versions.py",
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-                "rows": rows,
-            }
-            args.output.write_text(json.dumps(content, indent=1) + "\n")
+            write()
     return int(failed)
 
 
