@@ -192,12 +192,12 @@ def test_experiments_run(experiments, tmp_path, capsys):
 
 
 def test_every_experiment_is_made_of_known_settings(proxy, experiments, capsys):
-    for experiment in experiments.EXPERIMENTS.values():
+    for experiment in experiments.SCALES["small"].experiments.values():
         for base, other in experiment().values():
             assert proxy.full(base) != proxy.full(other)
     experiments.main(["--list"])
     listed = capsys.readouterr().out
-    assert all(name in listed for name in experiments.EXPERIMENTS)
+    assert all(name in listed for name in experiments.SCALES["small"].experiments)
     with pytest.raises(SystemExit):
         experiments.main(["nonsense"])
 

@@ -3,6 +3,7 @@
     python examples/papers/experiments.py --list
     python examples/papers/experiments.py convergence --data_dir /data/tfds --seeds 3 --jobs 2
     python examples/papers/experiments.py all --quick       # made-up data: does it run?
+    python examples/papers/experiments.py cifar10 --scale full --data_dir /data --jobs 8    # a GPU
 
 An experiment is a set of paired comparisons: two settings (see `proxy.DEFAULTS`) that differ in one
 thing, trained from the same weights and masks on the same batches, for several seeds. Reported are
@@ -11,13 +12,28 @@ higher for whoever learns faster), with their 95 % confidence intervals.
 
 All trainings go into one file, `<output>/experiments.json`, and none is repeated: experiments share
 them, and the command goes on where it was stopped. A training takes about half a minute on a core.
+
+`--scale full` is the papers' task instead of the small one (`full_scale.py`), for a GPU: ResNet-20
+on images in full size, 100 epochs. Its file is `<output>/full_scale.json`; a training that was
+stopped goes on from its last epoch (`<output>/backups`), and `--merge` takes over what other runs
+of the command trained elsewhere. Every run says what it will take before it starts.
+`<data_dir>` holds `cifar10.npz` and `cifar100.npz` (`x_train`, `y_train`, `x_test`, `y_test`), or
+what TensorFlow Datasets needs.
 """
 
+import dataclasses
+import datetime
+import functools
 import itertools
+import os
+import pathlib
+from collections.abc import Callable
 
+import full_scale
 import numpy as np
+import proxy
 from driver import arguments, command
-from proxy import Record, confidence, train_all
+from proxy import confidence
 
 MASKED = {"exponent": 0.0}
 CORRECTED = {"exponent": 0.5}  # the paper's
@@ -130,24 +146,78 @@ def renormalized():
     return pairs
 
 
+def at_the_papers_scale(**setting):
+    """Masking only against SparseOpt, HAM, and both: the most telling sparsities first."""
+    return {
+        f"{method} {sparsity:.0%}, {name}": (
+            {**setting, "method": method.lower(), "sparsity": sparsity, **MASKED},
+            {**setting, "method": method.lower(), "sparsity": sparsity, **changed},
+        )
+        for method, sparsity in itertools.product(("RigL", "SET"), (0.98, 0.95, 0.99, 0.90))
+        for name, changed in {
+            "SparseOpt": CORRECTED,
+            "HAM": {"ham": 200.0},
+            "SparseOpt + HAM": {"ham": 200.0, **CORRECTED},
+        }.items()
+    }
+
+
+def cifar10():
+    """Figs. 3, 4, 17, 18: ResNet-20 on CIFAR-10. Gain over masking only."""
+    return at_the_papers_scale()
+
+
+def cifar100():
+    """Figs. 11–16, 25, 26: ResNet-20 on CIFAR-100. Gain over masking only."""
+    return at_the_papers_scale(dataset="cifar100")
+
+
+def twice_as_long():
+    """Does the gain shrink as the training gets longer? 200 epochs."""
+    return {
+        f"{dataset}, {sparsity:.0%}": corrected_and_not(
+            dataset=dataset, sparsity=sparsity, epochs=200, warmup=0.025
+        )
+        for dataset, sparsity in itertools.product(("cifar10", "cifar100"), (0.98, 0.95))
+    }
+
+
 MAPS = {
     learning_rate_and_decay: ("coupled weight decay", "peak learning rate"),
     sparsity_and_budget: ("sparsity", "epochs"),
 }
-EXPERIMENTS = {
-    experiment.__name__: experiment
-    for experiment in (
-        convergence,
-        learning_rate_and_decay,
-        sparsity_and_budget,
-        small_steps,
-        conditions,
-        variants,
-        growth_gradient,
-        ham,
-        renormalized,
-    )
-}
+SHARED = (
+    learning_rate_and_decay, small_steps, conditions, variants, growth_gradient, ham, renormalized,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A task, and the experiments that are made on it."""
+
+    experiments: dict
+    file: str
+    defaults: dict
+    made_up: Callable
+    load_data: Callable  # of the directory
+    quick: dict  # what makes a setting short
+
+
+def named(*experiments):
+    return {experiment.__name__: experiment for experiment in experiments}
+
+
+SCALES = {
+    "small": Scale(
+        named(convergence, sparsity_and_budget, *SHARED), "experiments.json", proxy.DEFAULTS,
+        proxy.made_up, proxy.load, {"epochs": 1, "widths": (8,), "update_every": 5},
+    ),
+    "full": Scale(
+        named(cifar10, cifar100, twice_as_long, *SHARED), "full_scale.json", full_scale.DEFAULTS,
+        full_scale.made_up, full_scale.Datasets,
+        {"epochs": 2, "widths": (8,), "blocks": 1, "update_every": 5},
+    ),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- comparing
@@ -178,12 +248,9 @@ def itop(result):
 MEASURES = {"at_the_end": at_the_end, "over_training": over_training, "itop_rate": itop}
 
 
-def steps_to_reach(result, accuracy):
-    """Steps until the accuracy is first reached, interpolated; NaN if it never is.
-
-    Ten classes: before the first step the accuracy is 0.1.
-    """
-    steps, values = [0, *result["steps"]], [0.1, *result["test_accuracy"]]
+def steps_to_reach(result, accuracy, chance=0.1):
+    """Steps until the accuracy is first reached, interpolated from `chance`; NaN if it never is."""
+    steps, values = [0, *result["steps"]], [chance, *result["test_accuracy"]]
     if accuracy <= values[0]:
         return 0.0
     for i in range(1, len(values)):
@@ -253,7 +320,8 @@ def ratio_of_steps(record, base, other, seeds):
         accuracy = np.mean([result["test_accuracy"] for result in results], axis=0)
         curves.append({"steps": results[0]["steps"], "test_accuracy": accuracy})
     target = min(curve["test_accuracy"][-1] for curve in curves)
-    first, second = (steps_to_reach(curve, target) for curve in curves)
+    chance = 1 / full_scale.CLASSES[base.get("dataset", "cifar10")]
+    first, second = (steps_to_reach(curve, target, chance) for curve in curves)
     return second / first if first else np.nan
 
 
@@ -358,45 +426,71 @@ def _save(figure, path):
     plt.close(figure)
 
 
-def picture(name, record, pairs, rows, path):
+def picture(experiment, record, pairs, rows, path):
     seeds = sorted({row["seeds"] for row in rows})
     of = "–".join(str(count) for count in {seeds[0]: 0, seeds[-1]: 0})
-    title = f"{EXPERIMENTS[name].__doc__}\n{of} seeds, 95 % intervals"
-    if EXPERIMENTS[name] is convergence:
+    title = f"{experiment.__doc__}\n{of} seeds, 95 % intervals"
+    if experiment is convergence:
         curves(record, pairs, title.replace("95 % intervals", "± standard deviation"), path)
-    elif EXPERIMENTS[name] in MAPS:
+    elif experiment in MAPS:
         title += ", from the variance of all cells together"
-        heat_map(rows, MAPS[EXPERIMENTS[name]], title, path)
+        heat_map(rows, MAPS[experiment], title, path)
     else:
         forest(rows, title, path)
 
 
+def train(scale, settings, record, args):
+    """Train what is missing."""
+    load_data = scale.made_up if args.quick else functools.partial(scale.load_data, args.data_dir)
+    options = {"jobs": args.jobs, "load_data": load_data}
+    missing = record.missing(settings)
+    if args.scale == "full" and missing:
+        options["threads"] = max(1, os.cpu_count() // args.jobs)
+        seconds, steps, each = full_scale.estimate(missing, **options)
+        print(
+            f"{len(missing)} trainings, together {steps} steps of {1000 * each:.1f} ms, "
+            f"{args.jobs} at a time: about {datetime.timedelta(seconds=round(seconds))} hours",
+            flush=True,
+        )
+        backups = record.path.with_name("backups")
+        options["train"] = functools.partial(full_scale.train, backups=backups)
+        options["then"] = functools.partial(full_scale.forget, backups=backups)
+    proxy.train_all(settings, record, **options)
+
+
 def main(argv=None):
-    quick = "made-up data, one epoch, two seeds; into quick/"
+    quick = "made-up data, an epoch or two, two seeds; into quick/"
     parser = arguments(__doc__, seeds=3, quick=quick, jobs=True)
     parser.add_argument("experiments", nargs="*", help="names, or `all`")
     parser.add_argument("--list", action="store_true", help="what there is")
+    parser.add_argument("--scale", choices=SCALES, default="small", help="the task")
+    parser.add_argument(
+        "--merge", type=pathlib.Path, nargs="+", default=[], metavar="FILE",
+        help="take over the trainings in such files, made by other runs",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    scale = SCALES[args.scale]
     if args.list or not args.experiments:
-        for name, experiment in EXPERIMENTS.items():
+        for name, experiment in scale.experiments.items():
             print(f"{name:>24}  {experiment.__doc__} ({len(experiment())} comparisons)")
         return None
-    unknown = set(args.experiments) - {*EXPERIMENTS, "all"}
+    unknown = set(args.experiments) - {*scale.experiments, "all"}
     if unknown:
         parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; see --list")
-    names = list(EXPERIMENTS) if "all" in args.experiments else args.experiments
-    chosen = {name: EXPERIMENTS[name]() for name in names}
+    names = list(scale.experiments) if "all" in args.experiments else args.experiments
+    chosen = {name: scale.experiments[name]() for name in names}
     if args.quick:
         args.seeds, args.output = 2, args.output / "quick"
-        shortened = {"epochs": 1, "widths": (8,)}
         chosen = {
             name: {
-                label: tuple({**setting, **shortened, "update_every": 5} for setting in pair)
+                label: tuple({**setting, **scale.quick} for setting in pair)
                 for label, pair in itertools.islice(pairs.items(), 2)
             }
             for name, pairs in chosen.items()
         }
-    record = Record(args.output / "experiments.json", command(__file__, argv))
+    record = proxy.Record(args.output / scale.file, command(__file__, argv), scale.defaults)
+    for path in args.merge:
+        record.merge(path)
     settings = [
         {**setting, "seed": seed}
         for seed in range(args.seeds)  # the first seed of everything first
@@ -404,13 +498,15 @@ def main(argv=None):
         for pair in pairs.values()
         for setting in pair
     ]
-    train_all(settings, record, args.data_dir, args.quick, args.jobs)
+    train(scale, settings, record, args)
     tables = {}
     for name, pairs in chosen.items():
-        rows = tables[name] = compare(record, pairs, alike=EXPERIMENTS[name] in MAPS)
-        print(f"\n{name}: {EXPERIMENTS[name].__doc__}", *table(rows), sep="\n")
-        picture(name, record, pairs, rows, args.output / f"{name}.png")
-    every = {**{name: experiment() for name, experiment in EXPERIMENTS.items()}, **chosen}
+        experiment = scale.experiments[name]
+        rows = tables[name] = compare(record, pairs, alike=experiment in MAPS)
+        print(f"\n{name}: {experiment.__doc__}", *table(rows), sep="\n")
+        path = record.path.with_name(f"{name}{'' if args.scale == 'small' else '-full'}.png")
+        picture(experiment, record, pairs, rows, path)
+    every = {**{name: experiment() for name, experiment in scale.experiments.items()}, **chosen}
     together = record.content["pooled"] = pooled(record, every)
     print(
         f"\nWith against without the correction, {together['settings']} settings, "

@@ -29,6 +29,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DEFAULTS = {
     # network
     "widths": (16, 32, 64),
+    "blocks": 1,  # per stage
+    "stem_stride": 2,
     "normalization": "batch",
     "activation": "relu",
     "sparse_initialization": False,  # He by actual fan-in instead of by the dense one
@@ -175,12 +177,12 @@ def make_inner_optimizer(name, schedule, kernel_decay):
     return (Decayed if kernel_decay else optimizer_class)(schedule, **options)
 
 
-def make_model(input_shape, setting):
+def make_model(input_shape, setting, classes=10):
     """The sparse network."""
     inside = setting["weight_decay"] if setting["decay"] == "inside" else 0.0
     model = resnet(
-        input_shape, 10, setting["widths"], 1, inside, BN_MOMENTUM, stem_stride=2,
-        normalization=setting["normalization"], activation=setting["activation"],
+        input_shape, classes, setting["widths"], setting["blocks"], inside, BN_MOMENTUM,
+        setting["stem_stride"], setting["normalization"], setting["activation"],
     )  # fmt: skip
     kso.sparsify(model, setting["sparsity"], "erk", seed=setting["seed"])
     if setting["sparse_initialization"]:
@@ -230,7 +232,7 @@ DROP_BY = {
 
 
 def ranked(method_class, setting):
-    """The method with another ranking: a subclass that runs on the host."""
+    """The method with the setting's ranking: a subclass that runs on the host."""
 
     class Ranked(method_class):
         def values(self, weight, mask, gradient, update):
@@ -246,16 +248,21 @@ def ranked(method_class, setting):
     return Ranked
 
 
-def make_callbacks(setting):
+def make_callbacks(setting, on_host=True):
+    """The method and what it logs; `on_host=False` leaves mask updates on the device if it can."""
+    host = {"drop_by": "magnitude", "grow_by": "score", "rescale": False}
+    on_host = on_host or any(setting[name] != value for name, value in host.items())
     every, drop = setting["update_every"], DROP_FRACTION
-    methods = {
-        "static": lambda: kso.Static(),
-        "set": lambda: ranked(kso.SET, setting)(every, drop, seed=setting["seed"], compiled=False),
-        "rigl": lambda: ranked(kso.RigL, setting)(
-            every, drop, growth_gradient=setting["growth_gradient"], compiled=False
-        ),
-    }
-    return [methods[setting["method"]](), Starving()]
+    method_class, options = {
+        "static": (kso.Static, {}),
+        "set": (kso.SET, {"seed": setting["seed"]}),
+        "rigl": (kso.RigL, {"growth_gradient": setting["growth_gradient"]}),
+    }[setting["method"]]
+    if method_class is kso.Static:
+        return [kso.Static(), Starving()]
+    if on_host:
+        method_class, options = ranked(method_class, setting), {**options, "compiled": False}
+    return [method_class(every, drop, **options), Starving()]
 
 
 class Starving(keras.callbacks.Callback):
@@ -348,6 +355,16 @@ class Record:
             self.content = {**known, **self.content, "runs": known["runs"]}
         self.results = {self.key(run["setting"]): run["result"] for run in self.content["runs"]}
 
+    def merge(self, path):
+        """Take over the trainings of another such file that are not in this one."""
+        other = json.loads(path.read_text())
+        known = self.content["defaults"]
+        if {**known, **other["defaults"]} != known:
+            raise SystemExit(f"{path} was made with other defaults than {self.path}.")
+        for run in other["runs"]:
+            if run["setting"] not in self:
+                self.add(run["setting"], run["result"])
+
     def key(self, setting):
         return json.dumps(full(setting, self.defaults), sort_keys=True)
 
@@ -356,6 +373,12 @@ class Record:
 
     def __getitem__(self, setting):
         return self.results[self.key(setting)]
+
+    def missing(self, settings):
+        """Those that are to be trained, each once."""
+        return list(
+            {self.key(setting): setting for setting in settings if setting not in self}.values()
+        )
 
     def add(self, setting, result):
         setting = json.loads(self.key(setting))
@@ -378,11 +401,12 @@ class Record:
 _worker: dict = {}
 
 
-def _start_worker(load_data, train):
-    import tensorflow as tf
+def _start_worker(load_data, train, threads):
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
     _worker.update(data=load_data(), train=train)
 
 
@@ -390,22 +414,32 @@ def _run(setting):
     return setting, _worker["train"](_worker["data"], setting)
 
 
+def processes(jobs, load_data, train, threads=1):
+    """A pool of `jobs` processes of `threads` threads each, whose `_run` trains a setting."""
+    return multiprocessing.get_context("spawn").Pool(
+        jobs, _start_worker, (load_data, train, threads), maxtasksperchild=20
+    )
+
+
 def train_all(
-    settings, record, data_dir=None, quick=False, jobs=1, train=train, load_data=None
+    settings, record, data_dir=None, quick=False, jobs=1, train=train, load_data=None, threads=1,
+    then=None,
 ):  # fmt: skip
-    """Train what is not in the record yet, `jobs` at a time, in processes with a thread each."""
+    """Train what is not in the record yet, `jobs` at a time, in processes with a thread each.
+
+    `then` is called with every setting whose result is in the file.
+    """
     if load_data is None:
         load_data = made_up if quick else functools.partial(load, data_dir)
-    missing = list({record.key(s): s for s in settings if s not in record}.values())
+    missing = record.missing(settings)
     if not missing:
         return
-    pool = multiprocessing.get_context("spawn").Pool(
-        jobs, _start_worker, (load_data, train), maxtasksperchild=20
-    )
-    with pool:
+    with processes(jobs, load_data, train, threads) as pool:
         results = pool.imap_unordered(_run, missing)
         for number, (setting, result) in enumerate(results, 1):
             record.add(setting, result)
+            if then is not None:
+                then(setting)
             print(f"{number}/{len(missing)}", setting, result["test_accuracy"][-1], flush=True)
 
 
