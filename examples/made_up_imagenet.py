@@ -1,7 +1,7 @@
 """Made-up images in the form of tfds' `imagenet2012`, to try the ImageNet example without ImageNet.
 
-python examples/made_up_imagenet.py /tmp/tfds
-python examples/imagenet_resnet50.py --data_dir /tmp/tfds --epochs 1 --batch_size 16
+    python examples/made_up_imagenet.py /tmp/tfds
+    python examples/imagenet_resnet50.py --data_dir /tmp/tfds --epochs 1 --batch_size 16
 
 Images of a class have a coarse pattern in common, so that with few classes there is something to
 learn.

@@ -1,7 +1,13 @@
 """The task at the papers' scale, made small."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
+import keras
 import numpy as np
 import pytest
 from helpers import array
@@ -57,17 +63,20 @@ def test_a_stopped_training_goes_on_with_the_same_bits(full_scale, tmp_path, mon
     whole = full_scale.train(data, setting, tmp_path / "whole")
     assert len(whole["test_accuracy"]) == 3 and whole["steps"] == [10, 20, 30]
 
+    begun = []
+
     class Stopped(full_scale.Clock):
         def on_epoch_begin(self, epoch, logs=None):
             super().on_epoch_begin(epoch)
-            if epoch == 1:
+            begun.append(epoch)
+            if len(begun) == 2:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(full_scale, "Clock", Stopped)
     with pytest.raises(KeyboardInterrupt):
         full_scale.train(data, setting, tmp_path / "cut")
-    monkeypatch.undo()
     cut = full_scale.train(data, setting, tmp_path / "cut")
+    assert begun == [0, 1, 1, 2]
     assert cut.pop("seconds") > 0 and whole.pop("seconds") > 0
     assert cut == whole and whole["device"]
     assert whole["itop_rate"][-1] > whole["itop_rate"][0] > 0.1  # the masks moved
@@ -87,7 +96,41 @@ def test_datasets_from_a_file(full_scale, tmp_path):
     assert test_x.shape == (1, 32, 32, 3) and list(test_y) == [7]
 
 
+def test_no_data(full_scale, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(FileNotFoundError, match=r"cifar10.npz must hold x_train, y_train.*neither"):
+        full_scale.Datasets(tmp_path)["cifar10"]
+
+
+def sleep(data, setting):
+    pathlib.Path(data, str(os.getpid())).touch()
+    time.sleep(60)
+
+
 @pytest.mark.backend("tensorflow")
+def test_workers_end_with_their_command(tmp_path):
+    """A killed command must not leave trainings behind that the next one starts again."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import functools, proxy, test_full_scale as test\n"
+        "if __name__ == '__main__':\n"
+        f"    directory = functools.partial(str, {str(tmp_path)!r})\n"
+        "    with proxy.processes(1, directory, test.sleep) as pool:\n"
+        "        pool.submit(proxy._run, {}).result()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = subprocess.Popen([sys.executable, str(script)], env=environment)
+    while not (workers := [int(path.name) for path in tmp_path.glob("[0-9]*")]):
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(workers[0], 0)
+            time.sleep(0.1)
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_experiments_at_full_scale(full_scale, tmp_path, capsys):
     """Run, resumed, merged: nothing is trained twice, and the time is known before."""
@@ -99,10 +142,16 @@ def test_experiments_at_full_scale(full_scale, tmp_path, capsys):
     assert sparse_opt["seeds"] == ham["seeds"] == 2
     assert {run["setting"]["dataset"] for run in content["runs"]} == {"cifar100"}
     printed = capsys.readouterr().out
-    assert "6 trainings, together 120 steps of " in printed and "1 at a time: about 0:0" in printed
+    assert "6 trainings, together 120 steps of " in printed and "1 at a time: about 0 h" in printed
+    assert {run["result"]["backend"] for run in content["runs"]} == {keras.backend.backend()}
     quick = tmp_path / "one" / "quick"
     assert (quick / "cifar100-full.png").read_bytes().startswith(b"\x89PNG")
     assert not list((quick / "backups").iterdir())  # nobody needs them any more
+
+    arguments_of_all = ["cifar100", "cifar10", "--scale", "full", "--quick", "--report", "--output"]
+    reported = experiments.main([*arguments_of_all, str(tmp_path / "one")])
+    assert reported["comparisons"]["cifar100"] == content["comparisons"]["cifar100"]
+    assert reported["comparisons"]["cifar10"] == [] and "trainings, " not in capsys.readouterr().out
 
     half = json.loads((quick / "full_scale.json").read_text())
     half["runs"] = half["runs"][:5]

@@ -43,7 +43,7 @@ def command(name, argv=None):
     """
     driver = f"python examples/papers/{pathlib.Path(name).name}"
     text = " ".join([driver, *(sys.argv[1:] if argv is None else argv)])
-    return re.sub(r" --(data_dir|output|jobs) \S+", "", text)
+    return re.sub(r" --(data_dir|output|jobs) \S+| --merge( (?!-)\S+)+", "", text)
 
 
 def write(content, path, command):

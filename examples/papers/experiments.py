@@ -14,16 +14,17 @@ All trainings go into one file, `<output>/experiments.json`, and none is repeate
 them, and the command goes on where it was stopped. A training takes about half a minute on a core.
 
 `--scale full` is the papers' task instead of the small one (`full_scale.py`), for a GPU: ResNet-20
-on images in full size, 100 epochs. Its file is `<output>/full_scale.json`; a training that was
-stopped goes on from its last epoch (`<output>/backups`), and `--merge` takes over what other runs
-of the command trained elsewhere. Every run says what it will take before it starts.
+on images in full size, 100 epochs, five seeds. Its file is `<output>/full_scale.json`; a training
+that was stopped goes on from its last epoch (`<output>/backups`). Every run says what it will take
+before it starts. Machines share the work by `--first_seed`, each with an `--output` of its own, and
+`--merge` takes over what other runs trained; `--report` trains nothing and shows what there is.
 `<data_dir>` holds `cifar10.npz` and `cifar100.npz` (`x_train`, `y_train`, `x_test`, `y_test`), or
 what TensorFlow Datasets needs.
 """
 
 import dataclasses
-import datetime
 import functools
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -200,6 +201,7 @@ class Scale:
     defaults: dict
     made_up: Callable
     load_data: Callable  # of the directory
+    seeds: int
     quick: dict  # what makes a setting short
 
 
@@ -210,11 +212,11 @@ def named(*experiments):
 SCALES = {
     "small": Scale(
         named(convergence, sparsity_and_budget, *SHARED), "experiments.json", proxy.DEFAULTS,
-        proxy.made_up, proxy.load, {"epochs": 1, "widths": (8,), "update_every": 5},
+        proxy.made_up, proxy.load, 3, {"epochs": 1, "widths": (8,), "update_every": 5},
     ),
     "full": Scale(
         named(cifar10, cifar100, twice_as_long, *SHARED), "full_scale.json", full_scale.DEFAULTS,
-        full_scale.made_up, full_scale.Datasets,
+        full_scale.made_up, full_scale.Datasets, 5,
         {"epochs": 2, "widths": (8,), "blocks": 1, "update_every": 5},
     ),
 }  # fmt: skip
@@ -225,12 +227,12 @@ SCALES = {
 
 def differences(record, base, other, measure):
     """Paired differences of a measure over the seeds that both settings were trained with."""
-    values = []
-    for seed in itertools.count():
-        pair = {**base, "seed": seed}, {**other, "seed": seed}
-        if any(setting not in record for setting in pair):
-            return np.array(values)
-        values.append(measure(record[pair[1]]) - measure(record[pair[0]]))
+    return np.array(
+        [
+            measure(record[{**other, "seed": seed}]) - measure(record[{**base, "seed": seed}])
+            for seed in record.seeds(base, other)
+        ]
+    )
 
 
 def at_the_end(result):
@@ -263,9 +265,11 @@ def steps_to_reach(result, accuracy, chance=0.1):
 def compare(record, pairs, alike=False):
     """Rows of a table: what the second setting of each pair gains over the first.
 
-    `alike`: take the variance between seeds to be the same in all rows, as in the maps.
+    Pairs of which nothing was trained yet have no row. `alike`: take the variance between seeds to
+    be the same in all rows, as in the maps.
     """
     rows = []
+    pairs = {label: pair for label, pair in pairs.items() if record.seeds(*pair)}
     values = {
         name: {label: differences(record, *pair, measure) for label, pair in pairs.items()}
         for name, measure in MEASURES.items()
@@ -275,14 +279,13 @@ def compare(record, pairs, alike=False):
         for name, of_pairs in values.items():
             every = list(of_pairs.values()) if alike else None
             row[name] = {
-                "mean": float(np.mean(of_pairs[label])) if len(of_pairs[label]) else np.nan,
+                "mean": float(np.mean(of_pairs[label])),
                 "confidence": confidence(of_pairs[label], every),
             }
-        row["seeds"] = len(of_pairs[label])
-        row["base"] = float(
-            np.mean([at_the_end(record[{**base, "seed": seed}]) for seed in range(row["seeds"])])
-        )
-        row["ratio_of_steps"] = ratio_of_steps(record, base, other, row["seeds"])
+        seeds = record.seeds(base, other)
+        row["seeds"] = len(seeds)
+        row["base"] = float(np.mean([at_the_end(record[{**base, "seed": s}]) for s in seeds]))
+        row["ratio_of_steps"] = ratio_of_steps(record, base, other, seeds)
         rows.append(row)
     return rows
 
@@ -298,10 +301,12 @@ def pooled(record, experiments):
         for base, other in comparisons.values():
             if {**base, **CORRECTED} == {**MASKED, **other} and {**MASKED, **base} != other:
                 pairs[record.key(other)] = base, other
+    pairs = {key: pair for key, pair in pairs.items() if record.seeds(*pair)}
+    if not pairs:
+        return None
     found: dict = {}
     for name, measure in MEASURES.items():
         values = [differences(record, base, other, measure) for base, other in pairs.values()]
-        values = [of_setting for of_setting in values if len(of_setting)]
         means = [np.mean(of_setting) for of_setting in values]
         found["settings"], found["pairs"] = len(values), sum(map(len, values))
         found[name] = {"mean": float(np.mean(means)), "confidence": confidence(means)}
@@ -316,7 +321,7 @@ def ratio_of_steps(record, base, other, seeds):
     """
     curves = []
     for setting in (base, other):
-        results = [record[{**setting, "seed": seed}] for seed in range(seeds)]
+        results = [record[{**setting, "seed": seed}] for seed in seeds]
         accuracy = np.mean([result["test_accuracy"] for result in results], axis=0)
         curves.append({"steps": results[0]["steps"], "test_accuracy": accuracy})
     target = min(curve["test_accuracy"][-1] for curve in curves)
@@ -330,14 +335,15 @@ def is_sure(cell):
 
 
 def table(rows):
-    yield f"{'':>38}{'base':>7}{'at the end':>16}{'over training':>16}{'ITOP':>16}{'steps':>8}"
+    columns = (f"{name.replace('_', ' '):>16}" for name in MEASURES)
+    yield f"{'':>38}{'seeds':>6}{'base':>7}{''.join(columns)}{'steps':>8}"
     for row in rows:
         label = " · ".join(row["label"]) if isinstance(row["label"], list) else row["label"]
         cells = "".join(
             f"{cell['mean']:>+7.2f} ± {cell['confidence']:.2f}{'*' if is_sure(cell) else ' '} "
             for cell in (row[name] for name in MEASURES)
         )
-        yield f"{label:>38}{row['base']:>7.1f}{cells}{row['ratio_of_steps']:>7.2f}"
+        yield f"{label:>38}{row['seeds']:>6}{row['base']:>7.1f}{cells}{row['ratio_of_steps']:>7.2f}"
 
 
 # ----------------------------------------------------------------------------------- pictures
@@ -349,12 +355,14 @@ def heat_map(rows, axis_names, title, path):
     y, x = (list(dict.fromkeys(row["label"][axis] for row in rows)) for axis in (0, 1))
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained", sharey=True)
     for axis, name in zip(axes, ("at_the_end", "over_training")):
-        cells = {tuple(row["label"]): row for row in rows}
-        mean = np.array([[cells[i, j][name]["mean"] for j in x] for i in y])
+        cells = {tuple(row["label"]): row[name] for row in rows}
+        mean = np.array(
+            [[cells[i, j]["mean"] if (i, j) in cells else np.nan for j in x] for i in y]
+        )
         limit = 2 * np.nanmax(np.abs(mean)) or 1  # pale enough for the text
         image = axis.imshow(mean, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        for (i, a), (j, b) in itertools.product(enumerate(y), enumerate(x)):
-            cell = cells[a, b][name]
+        for (a, b), cell in cells.items():
+            i, j = y.index(a), x.index(b)
             axis.text(
                 j, i, f"{cell['mean']:+.1f} ± {cell['confidence']:.1f}",
                 ha="center", va="center", weight="bold" if is_sure(cell) else "normal",
@@ -400,9 +408,7 @@ def curves(record, pairs, title, path):
     )
     for axis, (label, settings) in zip(axes.flat, pairs.items()):
         for setting, name in zip(settings, ("masked only", "SparseOpt")):
-            results = []
-            while {**setting, "seed": len(results)} in record:
-                results.append(record[{**setting, "seed": len(results)}])
+            results = [record[{**setting, "seed": seed}] for seed in record.seeds(setting)]
             accuracy = 100 * np.array([result["test_accuracy"] for result in results])
             steps, mean, spread = results[0]["steps"], accuracy.mean(0), accuracy.std(0)
             axis.plot(steps, mean, label=name)
@@ -427,11 +433,15 @@ def _save(figure, path):
 
 
 def picture(experiment, record, pairs, rows, path):
+    """Nothing is drawn where there is no Matplotlib, or nothing trained yet."""
+    if importlib.util.find_spec("matplotlib") is None or not rows:
+        return
     seeds = sorted({row["seeds"] for row in rows})
     of = "–".join(str(count) for count in {seeds[0]: 0, seeds[-1]: 0})
     title = f"{experiment.__doc__}\n{of} seeds, 95 % intervals"
     if experiment is convergence:
-        curves(record, pairs, title.replace("95 % intervals", "± standard deviation"), path)
+        trained = {row["label"]: pairs[row["label"]] for row in rows}
+        curves(record, trained, title.replace("95 % intervals", "± standard deviation"), path)
     elif experiment in MAPS:
         title += ", from the variance of all cells together"
         heat_map(rows, MAPS[experiment], title, path)
@@ -443,16 +453,22 @@ def train(scale, settings, record, args):
     """Train what is missing."""
     load_data = scale.made_up if args.quick else functools.partial(scale.load_data, args.data_dir)
     options = {"jobs": args.jobs, "load_data": load_data}
-    missing = record.missing(settings)
-    if args.scale == "full" and missing:
+    if args.scale == "full":
         options["threads"] = max(1, os.cpu_count() // args.jobs)
-        seconds, steps, each = full_scale.estimate(missing, **options)
-        print(
-            f"{len(missing)} trainings, together {steps} steps of {1000 * each:.1f} ms, "
-            f"{args.jobs} at a time: about {datetime.timedelta(seconds=round(seconds))} hours",
-            flush=True,
-        )
         backups = record.path.with_name("backups")
+        for setting in settings:
+            if setting in record:
+                full_scale.forget(setting, backups)
+        missing = record.missing(settings)
+        full_scale.share_the_device(record.path.with_name("compiled").resolve())
+        if missing:
+            seconds, steps, each = full_scale.estimate(missing, **options, backups=backups)
+            hours, minutes = divmod(round(seconds / 60), 60)
+            print(
+                f"{len(missing)} trainings, together {steps} steps of {1000 * each:.1f} ms, "
+                f"{min(args.jobs, len(missing))} at a time: about {hours} h {minutes} min",
+                flush=True,
+            )
         options["train"] = functools.partial(full_scale.train, backups=backups)
         options["then"] = functools.partial(full_scale.forget, backups=backups)
     proxy.train_all(settings, record, **options)
@@ -460,10 +476,12 @@ def train(scale, settings, record, args):
 
 def main(argv=None):
     quick = "made-up data, an epoch or two, two seeds; into quick/"
-    parser = arguments(__doc__, seeds=3, quick=quick, jobs=True)
+    parser = arguments(__doc__, seeds=None, quick=quick, jobs=True)
     parser.add_argument("experiments", nargs="*", help="names, or `all`")
     parser.add_argument("--list", action="store_true", help="what there is")
     parser.add_argument("--scale", choices=SCALES, default="small", help="the task")
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--report", action="store_true", help="train nothing, show what there is")
     parser.add_argument(
         "--merge", type=pathlib.Path, nargs="+", default=[], metavar="FILE",
         help="take over the trainings in such files, made by other runs",
@@ -479,8 +497,9 @@ def main(argv=None):
         parser.error(f"unknown experiments: {', '.join(sorted(unknown))}; see --list")
     names = list(scale.experiments) if "all" in args.experiments else args.experiments
     chosen = {name: scale.experiments[name]() for name in names}
+    seeds = scale.seeds if args.seeds is None else args.seeds
     if args.quick:
-        args.seeds, args.output = 2, args.output / "quick"
+        seeds, args.output = 2, args.output / "quick"
         chosen = {
             name: {
                 label: tuple({**setting, **scale.quick} for setting in pair)
@@ -493,32 +512,35 @@ def main(argv=None):
         record.merge(path)
     settings = [
         {**setting, "seed": seed}
-        for seed in range(args.seeds)  # the first seed of everything first
+        for seed in range(args.first_seed, args.first_seed + seeds)  # each of everything first
         for pairs in chosen.values()
         for pair in pairs.values()
         for setting in pair
     ]
-    train(scale, settings, record, args)
+    if not args.report:
+        train(scale, settings, record, args)
     tables = {}
     for name, pairs in chosen.items():
         experiment = scale.experiments[name]
         rows = tables[name] = compare(record, pairs, alike=experiment in MAPS)
         print(f"\n{name}: {experiment.__doc__}", *table(rows), sep="\n")
-        path = record.path.with_name(f"{name}{'' if args.scale == 'small' else '-full'}.png")
-        picture(experiment, record, pairs, rows, path)
     every = {**{name: experiment() for name, experiment in scale.experiments.items()}, **chosen}
     together = record.content["pooled"] = pooled(record, every)
-    print(
-        f"\nWith against without the correction, {together['settings']} settings, "
-        f"{together['pairs']} pairs: "
-        + ", ".join(
-            f"{together[name]['mean']:+.2f} ± {together[name]['confidence']:.2f} "
-            f"{name.replace('_', ' ')}"
-            for name in ("at_the_end", "over_training")
+    if together:
+        print(
+            f"\nWith against without the correction, {together['settings']} settings, "
+            f"{together['pairs']} pairs: "
+            + ", ".join(
+                f"{together[name]['mean']:+.2f} ± {together[name]['confidence']:.2f} "
+                f"{name.replace('_', ' ')}"
+                for name in ("at_the_end", "over_training")
+            )
         )
-    )
     record.content["comparisons"] = {**record.content.get("comparisons", {}), **tables}
     record.write()
+    for name, rows in tables.items():
+        path = record.path.with_name(f"{name}{'' if args.scale == 'small' else '-full'}.png")
+        picture(scale.experiments[name], record, chosen[name], rows, path)
     print(
         f"\n* the interval excludes 0; of twenty such intervals one does by chance\n→ {record.path}"
     )

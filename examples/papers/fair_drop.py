@@ -170,7 +170,7 @@ def at_best_rates(record, arms):
                 "correction": correction, "ranking": ranking, "best_rate": rate,
                 "accuracy": cell(at_the_end(found[rate])), "seeds": len(found[rate]),
                 "by_rate": {str(r): cell(at_the_end(found[r])) for r in sorted(found)},
-                "stable_up_to": max(stable),
+                "stable_up_to": max(stable, default=None),
             }
         )  # fmt: skip
     for row in rows:
@@ -297,7 +297,7 @@ def main(argv=None):
         print(
             f"  {row['correction']:<13}{row['ranking']:<22}best rate {row['best_rate']:g}: "
             f"{shown(row['accuracy'])}, over masked only {shown(row.get('gain'))}, "
-            f"steps × {row.get('ratio_of_steps')}, stable up to {row['stable_up_to']:g}"
+            f"steps × {row.get('ratio_of_steps')}, stable up to {row['stable_up_to']}"
         )
     record.content.update(found)
     record.write()

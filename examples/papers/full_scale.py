@@ -2,15 +2,21 @@
 
 What `experiments.py --scale full` trains. The images lie on the device, and are cropped and flipped
 there inside the train step: an input pipeline would be slower than the network. A training is
-backed up after every epoch, and its resumption has the same bits.
+backed up after every epoch; where the device computes deterministically, as CPUs do, one that was
+stopped and goes on ends with the same bits.
+
+Shortcuts that change shape are 1×1 convolutions with Batch Normalization, as in most codes, not the
+padding of He et al.'s ResNet-20. The last, partial batch of an epoch is left out.
 """
 
+import datetime
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import time
+import zlib
 
 import keras
 import numpy as np
@@ -19,12 +25,6 @@ from keras import ops
 from proxy import MEAN, STD, Batches
 
 import keras_sparseopt as kso
-
-# For the processes that train. JAX would copy what a compiled step refers to, here all images, into
-# the program; and several trainings share a device, so each takes only the memory that it needs.
-os.environ.setdefault("JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS", "1")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 DEFAULTS = {
     **proxy.DEFAULTS,
@@ -60,8 +60,13 @@ class Datasets(dict):
             with np.load(path) as file:
                 parts = [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")]
         else:
-            import tensorflow_datasets as tfds
-
+            try:
+                import tensorflow_datasets as tfds
+            except ImportError:
+                raise FileNotFoundError(
+                    f"{path} must hold x_train, y_train, x_test and y_test, or TensorFlow Datasets "
+                    "be installed. Received: neither"
+                ) from None
             parts = tfds.load(
                 name, split=["train", "test"], data_dir=self.data_dir, as_supervised=True,
                 batch_size=-1,
@@ -133,6 +138,23 @@ class Numbers(Batches):
 # ------------------------------------------------------------------------------------ training
 
 
+def share_the_device(compiled):
+    """Set what the processes that train inherit: each takes only the memory that it needs.
+
+    Args:
+        compiled: Path of a directory for JAX's compiled programs, which all seeds of a setting
+            share.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.__version_info__ >= (0, 8):  # else a program contains all images
+            os.environ.setdefault("JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS", "1")
+            os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+
+
 def compiled(data, setting):
     """The model of a training, its batches (from the first epoch on) and its test data."""
     (images, labels), (test_images, test_labels) = data[setting["dataset"]]
@@ -154,13 +176,23 @@ def compiled(data, setting):
 
 
 class Clock(keras.callbacks.Callback):
-    """Logs the seconds of every epoch."""
+    """Logs the seconds of every epoch, evaluation included."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.began = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
         logs["seconds"] = time.perf_counter() - self.began
+
+
+class SideBySide(keras.callbacks.Callback):
+    """Two epochs, which all workers begin at a time. The first one compiles."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        proxy.all_here()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 1
 
 
 def backup_of(setting, backups):
@@ -183,8 +215,8 @@ def train(data, setting, backups):
         backups: `pathlib.Path` of the directory of all backups.
 
     Returns:
-        Dict as `proxy.train` returns it, without `drops` and with the `device` and the `seconds`
-        of the training.
+        Dict as `proxy.train` returns it, without `drops`, and with the training's `seconds`,
+        `device`, `backend`, `date`, and the checksum of its `images`.
     """
     setting = proxy.full(setting, DEFAULTS)
     model, batches, test = compiled(data, setting)
@@ -204,40 +236,49 @@ def train(data, setting, backups):
         "fan_in_variation": [round(value, 4) for value in history["fan_in_variation"]],
         "seconds": round(sum(history["seconds"]), 1),
         "device": device(),
+        "backend": keras.backend.backend(),
+        "date": datetime.date.today().isoformat(),
+        "images": f"{zlib.crc32(data[setting['dataset']][0][0]):08x}",
     }
 
 
 def seconds_per_step(data, setting):
-    """A training cut short: its result holds what a step costs, evaluations aside."""
+    """A training cut short, with its share of an evaluation: what a step costs."""
     setting = proxy.full(setting, DEFAULTS)
-    model, batches, _ = compiled(data, setting)
-    batches.per_epoch = min(batches.per_epoch, TIMED)
+    model, batches, (test, labels) = compiled(data, setting)
+    share = min(1, TIMED / batches.per_epoch)
+    batches.per_epoch = round(share * batches.per_epoch)
+    part = slice(round(share * len(test)))
     history = model.fit(
-        batches, epochs=2, shuffle=False, verbose=0,  # the first one compiles
-        callbacks=[*proxy.make_callbacks(setting, on_host=False), Clock()],
+        batches, epochs=max(10, setting["epochs"]), shuffle=False, verbose=0,
+        validation_data=(test[part], labels[part]), validation_batch_size=500,
+        callbacks=[SideBySide(), *proxy.make_callbacks(setting, on_host=False), Clock()],
     ).history  # fmt: skip
     return history["seconds"][1] / len(batches)
 
 
-def estimate(settings, load_data, jobs, threads):
+def estimate(settings, load_data, jobs, threads, backups):
     """What trainings will take, from timing as many side by side as there will be.
+
+    Compilation, mask updates and backups aside, and taking all settings to cost what the first one
+    costs.
 
     Args:
         settings: List of the settings to train.
         load_data, jobs, threads: As `proxy.train_all` takes them.
+        backups: As `train` takes it; what is in there is not counted.
 
     Returns:
-        Tuple (seconds, optimizer steps of all trainings, seconds per step).
+        Tuple (seconds, optimizer steps that are left, seconds per step).
     """
-    jobs = min(jobs, len(settings))
-    with proxy.processes(jobs, load_data, seconds_per_step, threads) as pool:
-        timed = pool.map(proxy._run, settings[:1] * jobs, chunksize=1)
-    per_step, data = np.mean([seconds for _, seconds in timed]), load_data()
-    steps = 0
+    data, steps = load_data(), 0
     for setting in settings:
         setting = proxy.full(setting, DEFAULTS)
-        labels = data[setting["dataset"]][0][1]
-        steps += setting["epochs"] * len(Numbers(labels, 0))
+        done = kso.BackupAndRestore(backup_of(setting, backups)).initial_epoch
+        steps += (setting["epochs"] - done) * len(Numbers(data[setting["dataset"]][0][1], 0))
+    jobs = min(jobs, len(settings))
+    with proxy.processes(jobs, load_data, seconds_per_step, threads) as pool:
+        per_step = np.mean(list(pool.map(proxy._run, settings[:1] * jobs)))
     return per_step * steps / jobs, steps, per_step
 
 

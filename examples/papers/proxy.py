@@ -6,10 +6,14 @@ settings with the same seed start from the same weights and masks and see the sa
 that their difference is a paired one.
 """
 
+import concurrent.futures
 import functools
 import json
 import math
 import multiprocessing
+import os
+import threading
+import traceback
 
 import keras
 import numpy as np
@@ -368,6 +372,15 @@ class Record:
     def key(self, setting):
         return json.dumps(full(setting, self.defaults), sort_keys=True)
 
+    def seeds(self, *settings):
+        """The seeds with which all of these settings were trained, in order."""
+        known = {run["setting"].get("seed", 0) for run in self.content["runs"]}
+        return [
+            seed
+            for seed in sorted(known)
+            if all({**setting, "seed": seed} in self for setting in settings)
+        ]
+
     def __contains__(self, setting):
         return self.key(setting) in self.results
 
@@ -401,24 +414,34 @@ class Record:
 _worker: dict = {}
 
 
-def _start_worker(load_data, train, threads):
+def _start_worker(load_data, train, threads, together):
+    # A worker would otherwise train on after its command was killed.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-    _worker.update(data=load_data(), train=train)
+    _worker.update(data=load_data(), train=train, together=together)
 
 
 def _run(setting):
-    return setting, _worker["train"](_worker["data"], setting)
+    return _worker["train"](_worker["data"], setting)
+
+
+def all_here():
+    """In a worker: wait until all of them have come to this point."""
+    _worker["together"].wait(timeout=900)
 
 
 def processes(jobs, load_data, train, threads=1):
-    """A pool of `jobs` processes of `threads` threads each, whose `_run` trains a setting."""
-    return multiprocessing.get_context("spawn").Pool(
-        jobs, _start_worker, (load_data, train, threads), maxtasksperchild=20
-    )
+    """`jobs` processes of `threads` threads each, whose `_run` trains a setting."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(
+        jobs, context, _start_worker, (load_data, train, threads, context.Barrier(jobs)),
+        max_tasks_per_child=20,
+    )  # fmt: skip
 
 
 def train_all(
@@ -427,20 +450,35 @@ def train_all(
 ):  # fmt: skip
     """Train what is not in the record yet, `jobs` at a time, in processes with a thread each.
 
-    `then` is called with every setting whose result is in the file.
+    `then` is called with every setting whose result is in the file. A training that fails is
+    reported, and ends the command when all others are done.
     """
     if load_data is None:
         load_data = made_up if quick else functools.partial(load, data_dir)
     missing = record.missing(settings)
     if not missing:
         return
+    failed = 0
     with processes(jobs, load_data, train, threads) as pool:
-        results = pool.imap_unordered(_run, missing)
-        for number, (setting, result) in enumerate(results, 1):
+        waiting = {pool.submit(_run, setting): setting for setting in missing}
+        done = concurrent.futures.as_completed(waiting)
+        for number, training in enumerate(done, 1):
+            setting = waiting[training]
+            try:
+                result = training.result()
+            except concurrent.futures.BrokenExecutor:
+                raise
+            except Exception:
+                failed += 1
+                print(f"{number}/{len(missing)}", setting, "failed:", flush=True)
+                traceback.print_exc()
+                continue
             record.add(setting, result)
             if then is not None:
                 then(setting)
             print(f"{number}/{len(missing)}", setting, result["test_accuracy"][-1], flush=True)
+    if failed:
+        raise SystemExit(f"{failed} of {len(missing)} trainings failed; all others are recorded.")
 
 
 # ---------------------------------------------------------------------------------- statistics
