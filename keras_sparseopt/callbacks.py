@@ -318,7 +318,7 @@ class DynamicSparseTraining(keras.callbacks.Callback):
 
     # ------------------------------------------------------------------ any training loop
 
-    def begin(self, optimizer: Any, total_steps: int | None = None) -> bool:
+    def begin(self, optimizer: Any, total_steps: float | None = None) -> bool:
         """Start. Call once before the loop, with a built optimizer.
 
         Args:

@@ -471,7 +471,7 @@ def masks_from_zeros(
     exclude: Rules = (),
     *,
     structure: StructureRules = None,
-) -> keras.Model:
+) -> dict[str, float]:
     """Take the topology of an already sparse checkpoint: weights that are 0 become inactive.
 
     For a model that was pruned elsewhere, or saved without its optimizer. Weights that have no mask

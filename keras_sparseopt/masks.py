@@ -10,6 +10,7 @@ of a convolution), the remaining axes are its fan-in.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -418,7 +419,7 @@ def _prune_compiled(weights, mask, number):
 
 
 def drop_and_grow(
-    weights: Array, mask: Array, scores: Array, num_update: int, num_grow: int | None = None
+    weights: Array, mask: Array, scores: Array, num_update: Any, num_grow: Any = None
 ) -> Array:
     """One mask update: drop the smallest active weights, grow the best-scored positions.
 

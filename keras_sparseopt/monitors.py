@@ -98,7 +98,7 @@ class GradientFlow(DynamicSparseTraining):
             _tensorflow()
             self.log_dir.mkdir(parents=True, exist_ok=True)  # now: others may log there, too
 
-    def begin(self, optimizer: Any, total_steps: int | None = None) -> bool:
+    def begin(self, optimizer: Any, total_steps: float | None = None) -> bool:
         self.history, self._last_masks, self._sink = [], {}, None
         self._measured: dict = {}
         changed = super().begin(optimizer, total_steps)

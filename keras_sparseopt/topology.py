@@ -463,7 +463,7 @@ def topology_of(variable):
 # ---------------------------------------------------------------------- finding them
 
 
-def sparse_weights(model: keras.Model) -> list[Variable]:
+def sparse_weights(model: keras.layers.Layer) -> list[Variable]:
     """The sparse weights of a model, each once, in the model's order.
 
     Args:
@@ -487,7 +487,7 @@ def sparse_weights(model: keras.Model) -> list[Variable]:
     return [v for v in model.weights if topology_of(v) is not None and v is not v.topology.mask]
 
 
-def sparse_layers(model: keras.Model) -> list[Any]:
+def sparse_layers(model: keras.layers.Layer) -> list[Any]:
     """The layers of a model that own a sparse weight, nested ones too, each once.
 
     Args:

@@ -17,10 +17,10 @@ Path = str | os.PathLike[str]
 # Which weights: a name, path or pattern, a layer or its class, a predicate; or several of them.
 Rule = Any
 Rules = Rule | Sequence[Rule]
-Sparsities = float | Mapping[Any, float]
+Sparsities = float | Mapping[Any, float] | None
 Distribution = Literal["erk", "er", "uniform"] | Mapping[Any, float]
-# `True`, `False`, "auto", or a dict of rules.
-SkewCorrection = bool | Literal["auto"] | Mapping[Any, bool]
+# `True`, `False`, "auto", or rules.
+SkewCorrection = Any
 
 DropFraction = float | Callable[[Any], Any]
 DropSchedule = Literal["cosine", "linear", "constant"]

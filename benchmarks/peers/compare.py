@@ -193,7 +193,7 @@ def main(argv=None):
             print(f"  {name:<28} {shown(row, result)}", flush=True)
         known[row] = {**known.get(row, {}), **found}
         command = "python benchmarks/peers/compare.py" + (
-            " --jaxpruner CHECKOUT" if args.jaxpruner else ""
+            " --jaxpruner CHECKOUT" if any("JaxPruner" in found for found in known.values()) else ""
         )
         content = {"command": command, **facts(), "rows": known}
         args.output.write_text(json.dumps(content, indent=1) + "\n")

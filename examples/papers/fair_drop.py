@@ -154,7 +154,10 @@ def steps_to(results, accuracy):
 
 
 def at_best_rates(record, arms):
-    """Each method at its own best rate, against masking alone ranked by |w| at its own."""
+    """Each method at its own best rate, paired with others at theirs.
+
+    `gain` is over masking alone ranked by |w|, `gain_of_ranking` over |w| with the same correction.
+    """
     rows, best = [], {}
     for correction, ranking in itertools.product(CORRECTIONS, RATES_RANKINGS):
         found = {rate: seeds_of(record, arms[rate, correction, ranking]) for rate in LEARNING_RATES}
@@ -173,12 +176,18 @@ def at_best_rates(record, arms):
                 "stable_up_to": max(stable, default=None),
             }
         )  # fmt: skip
+
+    def gain(own, base):
+        pairs = min(len(base), len(own))
+        return cell(at_the_end(own[:pairs]) - at_the_end(base[:pairs]))
+
     for row in rows:
         base = best.get(("masked only", "|w|"))
         own = best[row["correction"], row["ranking"]]
+        if (row["correction"], "|w|") in best:
+            row["gain_of_ranking"] = gain(own, best[row["correction"], "|w|"])
         if base:
-            pairs = min(len(base), len(own))
-            row["gain"] = cell(at_the_end(own[:pairs]) - at_the_end(base[:pairs]))
+            row["gain"] = gain(own, base)
             accuracy = min(
                 np.mean([result["test_accuracy"][-1] for result in side]) for side in (base, own)
             )
@@ -288,6 +297,7 @@ def main(argv=None):
         "loop": rows,
         "correction_gains": correction_gains(record, every_loop),
         "rates": at_best_rates(record, every_rate),
+        "correction_gains_by_rate": correction_gains(record, every_rate),
     }
     print(*table(rows), sep="\n")
     print("\nSparseOpt minus masked only:")
