@@ -4,6 +4,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
@@ -396,6 +397,20 @@ class GMP(DynamicSparseTraining):
         self.final_sparsity = float(final_sparsity)
         self.initial_sparsity = float(initial_sparsity)
         self.scope = scope
+
+    def begin(self, optimizer: Any, total_steps: float | None = None) -> bool:
+        changed = super().begin(optimizer, total_steps)
+        weights = self._weights()
+        active = sum(weight.topology.num_active() for weight in weights)
+        sparsity = 1 - active / sum(math.prod(weight.variable.shape) for weight in weights)
+        if self._step < self._end_step and sparsity >= self.final_sparsity > 0:
+            warnings.warn(
+                f"{type(self).__name__} finds next to nothing to prune: the masks are "
+                f"{sparsity:.1%} sparse already, final_sparsity={self.final_sparsity}. It begins "
+                f"at {self.initial_sparsity:.0%}: sparsify(model, {self.initial_sparsity}).",
+                stacklevel=2,
+            )
+        return changed
 
     # One update more than other methods: the one that reaches the final sparsity.
     def is_due(self) -> bool:

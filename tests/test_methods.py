@@ -110,6 +110,12 @@ def test_gmp_waits_where_the_model_is_sparser_than_its_schedule():
     assert counts[0] == counts[1] and counts[-1] < counts[0]
 
 
+@pytest.mark.parametrize("method", [kso.GMP(0.9, 4), kso.GraNet(0.9, 4)], ids=["GMP", "GraNet"])
+def test_pruning_says_when_the_masks_are_as_sparse_from_the_start(method):
+    with pytest.warns(UserWarning, match="next to nothing to prune: the masks are 90.* sparse"):
+        train(method, mlp(sparsity=0.9), epochs=1)
+
+
 # ---------------------------------------------------------------------- GraNet
 
 
