@@ -256,6 +256,22 @@ def test_drops_are_counted_by_decile_of_fan_in(proxy):
     assert optimizer.drops[1].sum() == old.sum()
 
 
+def test_drops_over_time_by_hand(proxy):
+    """Tenths of 10 and 20 connections; two updates before the first evaluation, then one, none."""
+    drops = proxy.Drops()
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    drops.set_model(model)
+    updates = [[(1, 10), (3, 10)], [(5, 20)], []]
+    model.optimizer.drops = np.zeros((2, 10))
+    for epoch, of_epoch in enumerate(updates):
+        for lost, active in of_epoch:
+            model.optimizer.drops[:, 9] += lost, active
+        drops.on_epoch_end(epoch)
+    np.testing.assert_allclose(drops.shares()[:, 9], [0.2, 0.25, 0])
+    assert not drops.shares()[:, :9].any()
+
+
 def test_fair_drop_runs(tmp_path, capsys, monkeypatch):
     import fair_drop
 

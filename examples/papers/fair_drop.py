@@ -218,11 +218,11 @@ def table(rows):
 
 
 def picture(record, arms, rows, path):
-    """Accuracy and dead neurons over training, and drops by fan-in, in the first condition."""
+    """Accuracy, dead neurons and drops over training, and drops by fan-in: first condition."""
     import matplotlib.pyplot as plt
 
     condition = rows[0]["condition"]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     colors = dict(zip(RANKINGS, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
     for row in (row for row in rows if row["condition"] == condition):
         results = seeds_of(record, arms[condition, row["correction"], row["ranking"]])
@@ -237,12 +237,25 @@ def picture(record, arms, rows, path):
         axes[0].plot(steps, accuracy, **style, label=label)
         axes[1].plot(steps, dead, **style)
         axes[2].plot(range(1, 11), 100 * np.array(row["drops"]), **style)
+        over_time = [r["drops_over_time"] for r in results if "drops_over_time" in r]
+        if row["ranking"] == "|w|" and over_time:
+            axes[3].set_title(f"seeds: {len(over_time)}", fontsize=8)
+            for tenth, marker in (("sparsest", "v"), ("densest", "^")):
+                shares = 100 * np.mean([of[tenth] for of in over_time], axis=0)
+                updated = shares > 0
+                axes[3].plot(
+                    np.array(steps)[updated], shares[updated], **style, marker=marker,
+                    label=f"{tenth} tenth, {row['correction']}",
+                )  # fmt: skip
     axes[0].set(xlabel="step", ylabel="test accuracy, %")
     axes[1].set(xlabel="step", ylabel="dead neurons")
     axes[2].set(
         xlabel="neurons by fan-in, tenths, sparsest first", ylabel="dropped at an update, %"
     )
+    axes[3].set(xlabel="step", ylabel="dropped by |w| at an update, %")
     axes[0].legend(fontsize=8, title="dropped by", title_fontsize=8)
+    if axes[3].lines:
+        axes[3].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
     seeds = max(row["seeds"] for row in rows if row["condition"] == condition)

@@ -277,6 +277,22 @@ class Starving(keras.callbacks.Callback):
         logs["fan_in_variation"] = float(np.mean([row["fan_in_variation"] for row in rows]))
 
 
+class Drops(keras.callbacks.Callback):
+    """Keeps `optimizer.drops` as it was after every evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = [np.zeros((2, 10))]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.counts.append(self.model.optimizer.drops.copy())
+
+    def shares(self):
+        """Of their connections lost at an average mask update: array (evaluations, tenths)."""
+        dropped, active = np.moveaxis(np.diff(self.counts, axis=0), 1, 0)
+        return np.round(dropped / np.maximum(active, 1), 4)
+
+
 def prepare(data, setting):
     """What a training begins with: (model, optimizer, batches, number of evaluations)."""
     images, labels = data[0]
@@ -300,11 +316,12 @@ def train(data, setting):
         Dict with `test_accuracy`, `loss`, `itop_rate`, `dead_neurons` and `fan_in_variation`, lists
         over evaluations, `steps`, the optimizer steps at which they were, and `drops`, the share
         of their connections that neurons lost at an average mask update, by decile of fan-in
-        within the layer (the sparsest tenth first).
+        within the layer (the sparsest tenth first); `drops_over_time` has it of the `sparsest` and
+        the `densest` tenth between evaluations, 0 where there was no update.
     """
     setting = full(setting)
     model, optimizer, batches, evaluations = prepare(data, setting)
-    optimizer.drops = np.zeros((2, 10))
+    optimizer.drops, drops = np.zeros((2, 10)), Drops()
     model.compile(
         optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -313,8 +330,10 @@ def train(data, setting):
     )
     history = model.fit(
         batches, epochs=evaluations, shuffle=False, verbose=0,
-        validation_data=data[1], validation_batch_size=500, callbacks=make_callbacks(setting),
+        validation_data=data[1], validation_batch_size=500,
+        callbacks=[*make_callbacks(setting), drops],
     ).history  # fmt: skip
+    over_time = drops.shares()
     return {
         "steps": [(i + 1) * len(batches) for i in range(evaluations)],
         "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
@@ -323,6 +342,10 @@ def train(data, setting):
         "dead_neurons": history["dead_neurons"],
         "fan_in_variation": [round(value, 4) for value in history["fan_in_variation"]],
         "drops": np.round(optimizer.drops[0] / np.maximum(optimizer.drops[1], 1), 4).tolist(),
+        "drops_over_time": {
+            "sparsest": over_time[:, 0].tolist(),
+            "densest": over_time[:, -1].tolist(),
+        },
     }
 
 
