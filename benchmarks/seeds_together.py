@@ -9,14 +9,13 @@ alternating.
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import keras
 import numpy as np
 from common import report
 from models import resnet
+from peers.measuring import alternate
 
 BATCH_SIZE = 128
 
@@ -29,12 +28,6 @@ def gradients_of(model):
         return loss_of(labels, logits), others
 
     return jax.grad(loss, has_aux=True)
-
-
-def seconds(function, *arguments):
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
 
 
 def measure(seeds, rounds):
@@ -51,17 +44,11 @@ def measure(seeds, rounds):
     of_one = [jax.tree.map(lambda array, i=i: array[i], arguments) for i in range(seeds)]
     together, alone = jax.jit(jax.vmap(gradients_of(model))), jax.jit(gradients_of(model))
 
-    def one_after_the_other():
-        return [alone(*one) for one in of_one]
-
-    sides = {"together": lambda: together(*arguments), "loop": one_after_the_other}
-    times = {name: [] for name in sides}
-    for round_ in range(rounds + 1):
-        for name, side in sides.items():
-            taken = seconds(side)
-            if round_:  # the first one compiles
-                times[name].append(taken)
-    medians = {name: statistics.median(of_side) for name, of_side in times.items()}
+    ways = {
+        "together": lambda: jax.block_until_ready(together(*arguments)),
+        "loop": lambda: jax.block_until_ready([alone(*one) for one in of_one]),
+    }
+    medians = alternate(ways, rounds, warm_up=1)  # the first one compiles
     return {
         "seeds": seeds,
         "loop_ms": 1000 * medians["loop"],

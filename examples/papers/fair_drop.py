@@ -83,12 +83,9 @@ def rate_arms():
     }  # fmt: skip
 
 
-def seeds_of(record, setting):
-    """The results of a setting, seed by seed, until the first that is missing."""
-    results = []
-    while {**setting, "seed": len(results)} in record:
-        results.append(record[{**setting, "seed": len(results)}])
-    return results
+def seeds_of(record, setting, *others):
+    """The results of a setting, seed by seed, of the seeds that others have as well."""
+    return [record[{**setting, "seed": seed}] for seed in record.seeds(setting, *others)]
 
 
 def at_the_end(results):
@@ -103,6 +100,12 @@ def cell(values, digits=2):
     return {"mean": round(float(np.mean(values)), digits), "confidence": _finite(half, digits)}
 
 
+def gain(record, setting, base):
+    """What a setting reaches over another one, over the seeds of both."""
+    own, others = seeds_of(record, setting, base), seeds_of(record, base, setting)
+    return cell(at_the_end(own) - at_the_end(others))
+
+
 def _finite(value, digits):
     return round(float(value), digits) if np.isfinite(value) else None
 
@@ -112,17 +115,15 @@ def compare(record, arms):
     rows = []
     for (condition, correction, ranking), setting in arms.items():
         results = seeds_of(record, setting)
-        base = seeds_of(record, arms[condition, correction, "|w|"])
         if not results:
             continue
-        pairs = min(len(results), len(base))
         drops = np.mean([result["drops"] for result in results], axis=0)
         rows.append(
             {
                 "condition": condition, "correction": correction, "ranking": ranking,
                 "seeds": len(results),
                 "accuracy": cell(at_the_end(results)),
-                "gain": cell(at_the_end(results[:pairs]) - at_the_end(base[:pairs])),
+                "gain": gain(record, setting, arms[condition, correction, "|w|"]),
                 "dead_neurons": cell([result["dead_neurons"][-1] for result in results], 1),
                 "fan_in_variation": cell([r["fan_in_variation"][-1] for r in results]),
                 "drops": np.round(drops, 4).tolist(),
@@ -137,12 +138,11 @@ def correction_gains(record, arms):
     for (condition, correction, ranking), setting in arms.items():
         if correction != "SparseOpt":
             continue
-        results = seeds_of(record, setting)
-        base = seeds_of(record, arms[condition, "masked only", ranking])
-        pairs = min(len(results), len(base))
+        base = arms[condition, "masked only", ranking]
+        pairs = len(record.seeds(setting, base))
         if pairs:
-            gain = cell(at_the_end(results[:pairs]) - at_the_end(base[:pairs]))
-            rows.append({"condition": condition, "ranking": ranking, "seeds": pairs, "gain": gain})
+            found = gain(record, setting, base)
+            rows.append({"condition": condition, "ranking": ranking, "seeds": pairs, "gain": found})
     return rows
 
 
@@ -165,7 +165,7 @@ def at_best_rates(record, arms):
         if not found:
             continue
         rate = max(found, key=lambda r: at_the_end(found[r]).mean())
-        best[correction, ranking] = found[rate]
+        best[correction, ranking] = arms[rate, correction, ranking]
         top = at_the_end(found[rate]).mean()
         stable = [r for r, results in found.items() if at_the_end(results).min() > top / 2]
         rows.append(
@@ -177,17 +177,14 @@ def at_best_rates(record, arms):
             }
         )  # fmt: skip
 
-    def gain(own, base):
-        pairs = min(len(base), len(own))
-        return cell(at_the_end(own[:pairs]) - at_the_end(base[:pairs]))
-
     for row in rows:
         base = best.get(("masked only", "|w|"))
         own = best[row["correction"], row["ranking"]]
         if (row["correction"], "|w|") in best:
-            row["gain_of_ranking"] = gain(own, best[row["correction"], "|w|"])
+            row["gain_of_ranking"] = gain(record, own, best[row["correction"], "|w|"])
         if base:
-            row["gain"] = gain(own, base)
+            row["gain"] = gain(record, own, base)
+            own, base = seeds_of(record, own), seeds_of(record, base)
             accuracy = min(
                 np.mean([result["test_accuracy"][-1] for result in side]) for side in (base, own)
             )

@@ -155,8 +155,8 @@ def share_the_device(compiled):
             os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
 
 
-def compiled(data, setting):
-    """The model of a training, its batches (from the first epoch on) and its test data."""
+def compiled(data, setting, first_epoch=0):
+    """The model of a training, its batches (from an epoch on) and its test data."""
     (images, labels), (test_images, test_labels) = data[setting["dataset"]]
     keras.backend.clear_session()
     keras.utils.set_random_seed(setting["seed"])
@@ -164,7 +164,7 @@ def compiled(data, setting):
     number = keras.Input((), dtype="int32")
     on_device = OnDevice(np.concatenate([images, test_images]), setting["seed"])
     model = keras.Model(number, network(on_device(number)))
-    batches = Numbers(labels, setting["seed"])
+    batches = Numbers(labels, setting["seed"], first_epoch)
     model.compile(
         proxy.make_optimizer(setting, setting["epochs"] * len(batches), network),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -219,21 +219,15 @@ def train(data, setting, backups):
         `device`, `backend`, `date`, and the checksum of its `images`.
     """
     setting = proxy.full(setting, DEFAULTS)
-    model, batches, test = compiled(data, setting)
     backup = kso.BackupAndRestore(backup_of(setting, backups), keep=1)
-    batches = Numbers(batches.labels, setting["seed"], backup.initial_epoch)
+    model, batches, test = compiled(data, setting, backup.initial_epoch)
     history = model.fit(
         batches, epochs=setting["epochs"], shuffle=False, verbose=0, validation_data=test,
         validation_batch_size=500,
         callbacks=[*proxy.make_callbacks(setting, on_host=False), Clock(), backup],
     ).history  # fmt: skip
     return {
-        "steps": [(i + 1) * len(batches) for i in range(setting["epochs"])],
-        "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
-        "loss": [round(value, 5) for value in history["loss"]],
-        "itop_rate": [round(value, 5) for value in history["itop_rate"]],
-        "dead_neurons": history["dead_neurons"],
-        "fan_in_variation": [round(value, 4) for value in history["fan_in_variation"]],
+        **proxy.curves(history, len(batches)),
         "seconds": round(sum(history["seconds"]), 1),
         "device": device(),
         "backend": keras.backend.backend(),
@@ -275,7 +269,8 @@ def estimate(settings, load_data, jobs, threads, backups):
     for setting in settings:
         setting = proxy.full(setting, DEFAULTS)
         done = kso.BackupAndRestore(backup_of(setting, backups)).initial_epoch
-        steps += (setting["epochs"] - done) * len(Numbers(data[setting["dataset"]][0][1], 0))
+        labels = data[setting["dataset"]][0][1]
+        steps += (setting["epochs"] - done) * proxy.steps_per_epoch(labels)
     jobs = min(jobs, len(settings))
     with proxy.processes(jobs, load_data, seconds_per_step, threads) as pool:
         per_step = np.mean(list(pool.map(proxy._run, settings[:1] * jobs)))

@@ -87,6 +87,11 @@ def made_up():
     return [(images[:1408], labels[:1408]), (images[1408:], labels[1408:])]
 
 
+def steps_per_epoch(labels):
+    """Whole batches, and whole executions of the train step."""
+    return len(labels) // BATCH_SIZE // STEPS_PER_EXECUTION * STEPS_PER_EXECUTION
+
+
 class Batches(keras.utils.PyDataset):
     """Shuffled and flipped by (seed, epoch) only; Keras' epochs are pieces of the real ones.
 
@@ -96,7 +101,7 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, images, labels, seed):
         super().__init__()
         self.images, self.labels, self.seed = images, labels, seed
-        self.per_epoch = len(labels) // BATCH_SIZE // STEPS_PER_EXECUTION * STEPS_PER_EXECUTION
+        self.per_epoch = steps_per_epoch(labels)
         self.pieces = max(1, self.per_epoch // EVALUATE_EVERY)
         self.piece = 0
         self._draw()
@@ -335,17 +340,24 @@ def train(data, setting):
     ).history  # fmt: skip
     over_time = drops.shares()
     return {
-        "steps": [(i + 1) * len(batches) for i in range(evaluations)],
-        "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
-        "loss": [round(value, 5) for value in history["loss"]],
-        "itop_rate": [round(value, 5) for value in history["itop_rate"]],
-        "dead_neurons": history["dead_neurons"],
-        "fan_in_variation": [round(value, 4) for value in history["fan_in_variation"]],
+        **curves(history, len(batches)),
         "drops": np.round(optimizer.drops[0] / np.maximum(optimizer.drops[1], 1), 4).tolist(),
         "drops_over_time": {
             "sparsest": over_time[:, 0].tolist(),
             "densest": over_time[:, -1].tolist(),
         },
+    }
+
+
+def curves(history, steps):
+    """What every training reports, lists over evaluations, which were `steps` apart."""
+    return {
+        "steps": [(i + 1) * steps for i in range(len(history["loss"]))],
+        "test_accuracy": [round(value, 5) for value in history["val_accuracy"]],
+        "loss": [round(value, 5) for value in history["loss"]],
+        "itop_rate": [round(value, 5) for value in history["itop_rate"]],
+        "dead_neurons": history["dead_neurons"],
+        "fan_in_variation": [round(value, 4) for value in history["fan_in_variation"]],
     }
 
 
@@ -390,7 +402,8 @@ class Record:
             raise SystemExit(f"{path} was made with other defaults than {self.path}.")
         for run in other["runs"]:
             if run["setting"] not in self:
-                self.add(run["setting"], run["result"])
+                self._keep(run["setting"], run["result"])
+        self.write()
 
     def key(self, setting):
         return json.dumps(full(setting, self.defaults), sort_keys=True)
@@ -417,11 +430,14 @@ class Record:
         )
 
     def add(self, setting, result):
+        self._keep(setting, result)
+        self.write()
+
+    def _keep(self, setting, result):
         setting = json.loads(self.key(setting))
         differs = {k: v for k, v in setting.items() if v != self.content["defaults"][k]}
         self.content["runs"].append({"setting": differs, "result": result})
         self.results[self.key(setting)] = result
-        self.write()
 
     def write(self):
         """One line per training."""
