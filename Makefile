@@ -1,5 +1,6 @@
 # make demo: trains on scikit-learn's digits and draws a picture (about five minutes)
-# make test: lint, types and the whole test suite on the TensorFlow and the JAX backend
+# make test: lint, types and the tests on the TensorFlow and the JAX backend (ten minutes)
+# make test-all: what `make test` leaves out: all combinations, all models, drivers and examples
 # make docs: builds the documentation into docs/_build, and runs every example in it
 # make browser: serves the page that runs a dense and a sparse network side by side (needs npm)
 # make browser-test: tests that page in headless Chromium (needs Node 20, npm and Chromium)
@@ -14,7 +15,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 PAGE = examples/browser
 PORT ?= 8000
 
-.PHONY: demo docs linkcheck test test-tensorflow test-jax lint nightly-keras bench peers browser browser-test clean
+.PHONY: demo docs linkcheck test test-tensorflow test-jax test-all all-tensorflow all-jax lint nightly-keras bench peers browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -30,7 +31,12 @@ linkcheck: $(VENV)/.docs
 test: lint test-tensorflow test-jax
 
 test-tensorflow test-jax: test-%: $(VENV)/.test
-	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2
+	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2 -m "not exhaustive"
+
+test-all: all-tensorflow all-jax
+
+all-tensorflow all-jax: all-%: $(VENV)/.test
+	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2 -m exhaustive
 
 # Puts the nightly Keras into the environment of the tests.
 nightly-keras: $(VENV)/.test

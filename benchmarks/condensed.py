@@ -32,7 +32,7 @@ def worker(seconds):
     import numpy as np
 
     import keras_sparseopt as kso
-    from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host
+    from keras_sparseopt.backend import NAME, compiled, host
     from keras_sparseopt.deployment.convert import converted, exported, make_interpreter
     from keras_sparseopt.deployment.measuring import milliseconds
 
@@ -40,7 +40,7 @@ def worker(seconds):
         host(way(x))
 
     def whole(model, jit=True):
-        if IS_TENSORFLOW:
+        if NAME == "tensorflow":
             return compiled(lambda x: model(x, training=False), jit=jit)
         weights = [[v.value for v in model.trainable_variables]]
         weights.append([v.value for v in model.non_trainable_variables])
@@ -83,7 +83,7 @@ def worker(seconds):
                         "condensed": whole(every.model),
                         "chosen": whole(chosen.model),
                     }
-                    if IS_TENSORFLOW:
+                    if NAME == "tensorflow":
                         ways["dense, no XLA"] = whole(plain, jit=False)
                         ways["TFLite"] = tflite(model, x)
                         if len(sizes) == 2:

@@ -49,7 +49,7 @@ def main():
         methods[name] = kso.RigL(end_step=1000, compiled=name == "compiled")
         methods[name].begin(optimizer)
     rng = np.random.default_rng(0)
-    (taps,) = optimizer._sparse.open_taps.values()
+    taps = optimizer._state.gradients.taps()
     for tap in taps:
         tap.assign(ops.convert_to_tensor(rng.normal(size=tap.shape).astype("float32")))
     weights = [host(weight.variable) for weight in optimizer.weights]

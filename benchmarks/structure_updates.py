@@ -37,7 +37,7 @@ def method(sparsity, structure, seed):
     rigl = kso.RigL(end_step=1000)
     rigl.begin(optimizer)
     rng = np.random.default_rng(seed)
-    (taps,) = optimizer._sparse.open_taps.values()
+    taps = optimizer._state.gradients.taps()
     for tap in taps:
         tap.assign(ops.convert_to_tensor(rng.normal(size=tap.shape).astype("float32")))
     return rigl

@@ -1,14 +1,7 @@
 """Sparse training for Keras 3: any model, SparseOpt, RigL and SET."""
 
-import keras
-
-if keras.backend.backend() not in ("tensorflow", "jax"):
-    raise ImportError(
-        "keras_sparseopt runs on the TensorFlow and JAX backends of Keras. Received: "
-        f"KERAS_BACKEND={keras.backend.backend()}. Set KERAS_BACKEND before importing keras."
-    )
-
-from keras_sparseopt.analysis import (
+from keras_sparseopt import backend as _backend  # noqa: F401  refuses other backends first
+from keras_sparseopt.analysis.measures import (
     connectivity,
     effective_gradient_flow,
     gradient_flow,
@@ -17,11 +10,9 @@ from keras_sparseopt.analysis import (
     mask_overlap,
     measured_skew,
 )
-from keras_sparseopt.at_init import prune_at_init
+from keras_sparseopt.analysis.monitors import GradientFlow
+from keras_sparseopt.analysis.report import report
 from keras_sparseopt.backup import BackupAndRestore
-from keras_sparseopt.callbacks import DynamicSparseTraining
-from keras_sparseopt.conversion import masks_from_zeros, set_mask, sparsify, strip
-from keras_sparseopt.cost import layer_costs, summary
 from keras_sparseopt.deployment import (
     compact,
     condense,
@@ -37,23 +28,34 @@ from keras_sparseopt.devices import (
     resolve_strategy,
 )
 from keras_sparseopt.distributions import er, erk, uniform
-from keras_sparseopt.initializers import SparseHeNormal
-from keras_sparseopt.layers import (
+from keras_sparseopt.masks import drop_and_grow
+from keras_sparseopt.methods import (
+    GMP,
+    MEST,
+    SET,
+    SNFS,
+    DynamicSparseTraining,
+    GraNet,
+    RigL,
+    SRigL,
+    Static,
+)
+from keras_sparseopt.models.at_init import prune_at_init
+from keras_sparseopt.models.conversion import masks_from_zeros, set_mask, sparsify, strip
+from keras_sparseopt.models.cost import layer_costs, summary
+from keras_sparseopt.models.initializers import SparseHeNormal
+from keras_sparseopt.models.layers import (
     SparseConv1D,
     SparseConv2D,
     SparseConv3D,
     SparseDense,
     SparseEinsumDense,
 )
-from keras_sparseopt.masks import drop_and_grow
-from keras_sparseopt.methods import GMP, MEST, SET, SNFS, GraNet, RigL, SRigL, Static
-from keras_sparseopt.monitors import GradientFlow
+from keras_sparseopt.models.topology import sparse_layers, sparse_weights
 from keras_sparseopt.optimizers import HAM, SparseOpt
-from keras_sparseopt.reporting import report
 from keras_sparseopt.structures import NM, Block, ConstantFanIn, Unstructured
-from keras_sparseopt.topology import sparse_layers, sparse_weights
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "GMP",

@@ -13,14 +13,8 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import keras_internals
-from keras_sparseopt.devices import (
-    build_optimizer,
-    check_fit,
-    of_all_workers,
-    optimizers_of,
-    share_statistics,
-    worker_index,
-)
+from keras_sparseopt.backend import check_fit, of_all_workers, share_statistics, worker_index
+from keras_sparseopt.devices import build_optimizer, optimizers_of
 from keras_sparseopt.files import read_whole, write_whole
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 from keras_sparseopt.typing import Path
@@ -193,7 +187,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         carried = backup["state"][len(self._variables()) :]
         with contextlib.ExitStack() as stack:
             for weight in [w for o in self._sparse_opts() for w in o.weights]:
-                stack.enter_context(weight.topology.quiet())  # its mask comes, too
+                stack.enter_context(weight.topology.moving())  # its mask comes, too
             for variable, value in zip(self._variables(), backup["state"]):
                 variable.assign(value)
         if len(carried) == len(self._carried()):

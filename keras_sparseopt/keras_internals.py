@@ -5,6 +5,8 @@
 
 import contextlib
 import functools
+import gc
+import sys
 from typing import Any
 
 import keras
@@ -20,13 +22,17 @@ def all_layers(model):
 
 
 def unbuilt_layers(model):
-    """The model, and layers inside of it, that may have weights but have not made them yet."""
-    return [x for x in all_layers(model) if not x.built and (x is model or _makes_weights(x))]
+    """Layers inside of a model, or itself, that may have weights but have not made them yet.
+
+    A model without a `build` of its own only holds others, which are asked one by one.
+    """
+    return [layer for layer in all_layers(model) if not layer.built and _makes_weights(layer)]
 
 
 def _makes_weights(layer):
-    overrides = type(layer).build is not keras.layers.Layer.build
-    return overrides and ".preprocessing" not in type(layer).__module__
+    kind = type(layer)
+    overrides = kind.build not in (keras.layers.Layer.build, keras.Model.build)
+    return overrides and ".preprocessing" not in kind.__module__
 
 
 def sublayers(layer):
@@ -52,6 +58,37 @@ def build_shapes(layer):
     return layer._build_shapes_dict
 
 
+def example_inputs(layer):
+    """What a layer or model can be called with, as `keras.KerasTensor`s by argument name.
+
+    Returns:
+        Dict from argument names (`None` for the first) to structures; `None` if it is not known.
+    """
+    functional = functional_of(layer)
+    if functional is not None:
+        return {None: functional.input}
+    shapes = getattr(layer, "_build_shapes_dict", None)
+    if not shapes:
+        return None
+    named = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
+    try:
+        tensors = {
+            name: keras.tree.map_shape_structure(keras.KerasTensor, shape)
+            for name, shape in named.items()
+        }
+    except (TypeError, ValueError):
+        return None
+    return {None: tensors["input"]} if list(tensors) == ["input"] else tensors
+
+
+def call_by_name(layer, arrays):
+    """Call a layer, or the graph of a functional model, with what `example_inputs` stands for."""
+    function = functional_of(layer) or layer
+    if list(arrays) == [None]:
+        return function(arrays[None])
+    return function(**arrays)
+
+
 def layout(variable):
     """How JAX shards a variable, or `None`."""
     return variable._layout
@@ -71,6 +108,11 @@ def is_absent(variable):
     """
     value = variable._value
     return value is None or getattr(value, "is_deleted", lambda: False)()
+
+
+def is_training_state_taken():
+    """Whether the caller's caller is JAX's `fit`, which is about to empty the variables."""
+    return sys._getframe(2).f_code.co_name == "_get_jax_state"
 
 
 def functional_of(model):
@@ -194,12 +236,23 @@ def told_class(variable_class: Any) -> Any:
 
         # What an optimizer does, before it applies the constraint.
         def assign_add(self, value):
-            with self.topology.quiet():
+            with self.topology.moving():
                 return super().assign_add(value)
 
         def assign_sub(self, value):
-            with self.topology.quiet():
+            with self.topology.moving():
                 return super().assign_sub(value)
+
+        @property
+        def trainable(self):
+            return super().trainable
+
+        @trainable.setter
+        def trainable(self, value):
+            variable_class.trainable.fset(self, value)
+            # Keras' `enable_lora` freezes the kernel; there is no hook for it.
+            if sys._getframe(1).f_code.co_name == "enable_lora":
+                self.topology.warn_of_lora()
 
     Told.__name__, Told.__qualname__ = variable_class.__name__, variable_class.__qualname__
     Told.__module__ = variable_class.__module__
@@ -259,6 +312,33 @@ def become(layer, other):
 def symbolic_call(function, *args, **kwargs):
     """Call a function of `keras.KerasTensor`s for the shapes of its results only."""
     return backend.compute_output_spec(function, *args, **kwargs)
+
+
+def models_with_steps(variables):
+    """The models that hold one of some variables, at any depth, and have compiled a train step.
+
+    Nothing leads from a variable to models around it; Python's garbage collector knows them all.
+    """
+    wanted = {id(variable) for variable in variables}
+    models = [x for x in gc.get_objects() if issubclass(type(x), keras.Model)]
+    return [
+        model
+        for model in models
+        if getattr(model, "train_function", None) is not None
+        and any(id(weight) in wanted for weight in model.weights)
+    ]
+
+
+def callbacks_before(callback):
+    """The callbacks that come before one in the list that calls it just now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            callbacks = list(caller.callbacks)
+            return callbacks[: callbacks.index(callback)] if callback in callbacks else []
+        frame = frame.f_back  # type: ignore[assignment]
+    return []
 
 
 def told_once(model):

@@ -60,6 +60,10 @@ class Structure:
         """An array (spatial, inputs, neurons) of `shape` with each unit's value throughout."""
         return units
 
+    def of_neurons(self, matrix):
+        """One number per neuron, (1, 1, neurons), as it broadcasts over an array of units."""
+        return matrix
+
     def unit_shape(self, shape):
         """The shape of an array of units, for one of `shape`."""
         return shape
@@ -192,6 +196,9 @@ class Block(Structure):
                 "Received: inputs=1, neurons=1"
             )
 
+    def of_neurons(self, matrix):
+        return matrix[:, :, :: self.neurons]  # those of a tile have the same mask
+
     def unit_shape(self, shape):
         spatial, inputs, neurons = shape
         return spatial, -(-inputs // self.inputs), -(-neurons // self.neurons)
@@ -274,6 +281,9 @@ class NM(Structure):
         check_int("m", self.m, 2)
         if self.n >= self.m:
             raise ValueError(f"`n` must be less than `m`. Received: n={self.n}, m={self.m}")
+
+    def of_neurons(self, matrix):
+        return matrix[:, :, None, :]
 
     def unit_shape(self, shape):
         spatial, inputs, neurons = shape
@@ -452,8 +462,11 @@ def units_of(structure, shape, neuron_axes, input_axes):
 class Units:
     """A structure on one kernel: everything that chooses which of its weights are active.
 
-    Methods take arrays of the kernel's shape, NumPy's or tensors, and return such masks. Numbers
-    are of units.
+    `read` functions make arrays of units of arrays of the kernel's shape, NumPy's or tensors;
+    choices take and return arrays of units; `write` makes a mask of what was chosen. For
+    `Unstructured` and `ConstantFanIn` an array of units has the kernel's shape; for `Block` it is
+    (spatial, tiles along the inputs, tiles along the neurons), for `NM` (spatial, groups, m,
+    neurons). Numbers are of units.
 
     Args:
         structure: `Structure`.
@@ -464,9 +477,11 @@ class Units:
     def __init__(self, structure, shape, neuron_axes, input_axes):
         self._structure = structure
         self._shape = shape = tuple(shape)
+        self._neuron_axes = neuron_axes
         inputs = tuple(axis for axis in input_axes if axis not in neuron_axes)
         spatial = tuple(a for a in range(len(shape)) if a not in (*inputs, *neuron_axes))
         self._order = *spatial, *inputs, *neuron_axes
+        self._num_inputs = len(inputs)
         self._matrix = tuple(
             math.prod(shape[axis] for axis in axes) for axes in (spatial, inputs, neuron_axes)
         )
@@ -483,23 +498,20 @@ class Units:
         self._repeats = groups // self._group_sizes.size
         self.total = int(self._group_sizes.sum()) * self._repeats
 
-    # ------------------------------------------------------------------ arrays and units
+    # ------------------------------------------------------------------ read and write
+
+    def _matrix_of(self, array):
+        """An array of the kernel's rank as (spatial, inputs, neurons); axes of size 1 stay so."""
+        xp, neurons = masks.xp_of(array), len(self._order) - len(self._neuron_axes)
+        inputs = neurons - self._num_inputs
+        moved = xp.transpose(array, self._order)
+        parts = moved.shape[:inputs], moved.shape[inputs:neurons], moved.shape[neurons:]
+        return xp.reshape(moved, [math.prod(part) for part in parts])
 
     def _cut(self, array, combine):
         if not self._structure.cuts:
             return array
-        xp = masks.xp_of(array)
-        matrix = xp.reshape(xp.transpose(array, self._order), self._matrix)
-        return self._structure.cut(matrix, combine)
-
-    def _joined(self, units):
-        if not self._structure.cuts:
-            return units
-        xp = masks.xp_of(units)
-        moved = xp.reshape(
-            self._structure.join(units, self._matrix), [self._shape[axis] for axis in self._order]
-        )
-        return xp.transpose(moved, [self._order.index(axis) for axis in range(len(self._order))])
+        return self._structure.cut(self._matrix_of(array), combine)
 
     def scores(self, values):
         """The score of each unit: the sum over it; the mean, where a last tile is shorter."""
@@ -508,13 +520,34 @@ class Units:
         scores = self._cut(masks.as_float(values), masks.xp_of(values).add)
         return scores if self._shares is None else scores * self._shares
 
-    def magnitudes(self, weights):
-        """What of a unit is ranked to be dropped, but for the sign."""
-        return self.scores(weights if self._structure.unit_is_weight else abs(weights))
+    def magnitudes(self, values):
+        """What stands for each unit: a single weight's value, or the score of magnitudes."""
+        return self.scores(values if self._structure.unit_is_weight else abs(values))
 
     def active(self, mask):
         """Which units are active: bool array."""
         return self._cut(mask, masks.xp_of(mask).logical_or)
+
+    def of_neurons(self, scale):
+        """One number per neuron, as it broadcasts over the kernel, as it does over the units."""
+        if not self._structure.cuts:
+            return scale
+        return self._structure.of_neurons(self._matrix_of(scale))
+
+    def write(self, units):
+        """The array of the kernel's shape that has the value of its unit everywhere."""
+        if not self._structure.cuts:
+            return units
+        xp = masks.xp_of(units)
+        moved = xp.reshape(
+            self._structure.join(units, self._matrix), [self._shape[axis] for axis in self._order]
+        )
+        return xp.transpose(moved, [self._order.index(axis) for axis in range(len(self._order))])
+
+    def spread(self, values):
+        """`write` for an array of units; what has the kernel's shape, and `None`, stay."""
+        is_whole = values is None or tuple(values.shape) == self._shape
+        return values if is_whole else self.write(values)
 
     @property
     def is_grouped(self):
@@ -533,7 +566,7 @@ class Units:
         return masks.count(units, self._group_axes)
 
     def num_active(self, mask):
-        """How many units are active: int32."""
+        """How many units of a mask are active: int32."""
         return masks.count(self.active(mask))
 
     @functools.cached_property
@@ -551,57 +584,49 @@ class Units:
         count = round(weights * self.total / math.prod(self._shape))
         return min(self._structure.nearest(count, self._group_sizes, self._repeats), self.total)
 
-    # ------------------------------------------------------------------ choices
+    # ------------------------------------------------------------------ choices, of units
 
-    def drop_and_grow(self, weights, mask, scores, num_update, num_grow=None):
-        """Drop the `num_update` active units of smallest |w|, grow as many of largest score.
+    def drop_and_grow(self, values, active, scores, num_update, num_grow=None):
+        """Drop the `num_update` active units of smallest |value|, grow as many of largest score.
 
         In groups, each grows as many as it has lost; without, `num_grow` may be another number.
         See `keras_sparseopt.drop_and_grow`.
         """
-        magnitudes, active = self.magnitudes(weights), self.active(mask)
-        scores = self.scores(scores)
         if not self.is_grouped:
-            return self._joined(
-                masks.drop_and_grow(magnitudes, active, scores, num_update, num_grow)
-            )
+            return masks.drop_and_grow(values, active, scores, num_update, num_grow)
         xp = masks.xp_of(active)
-        kept = masks.drop(magnitudes, active, num_update)
+        kept = masks.drop(values, active, num_update)
         free = xp.logical_not(kept)
         missing = self._by_group(xp.logical_and(active, free))
         if not self._exists().all():
             free = xp.logical_and(free, self._exists())
         grown = masks.top(masks.keys(scores, free), missing, self._group_axes)
-        return self._joined(xp.logical_or(kept, grown))
+        return xp.logical_or(kept, grown)
 
-    def prune(self, weights, mask, count):
-        """The `count` active units of largest |w|; all of them, if there are fewer."""
-        magnitudes, active = self.magnitudes(weights), self.active(mask)
+    def prune(self, values, active, count):
+        """The `count` active units of largest |value|; all of them, if there are fewer."""
         if self._group_axes is None:
-            return self._joined(masks.prune(magnitudes, active, count))
-        return self._joined(self._prune_groups(magnitudes, active, count))
-
-    def _prune_groups(self, magnitudes, active, count):
+            return masks.prune(values, active, count)
         xp = masks.xp_of(active)
         fewest = self._structure.fewest(count, self._by_group(active), self._group_sizes)
-        keys = masks.magnitude_keys(magnitudes, active)
+        keys = masks.magnitude_keys(values, active)
         always = xp.logical_and(masks.top(keys, fewest, self._group_axes), active)
         if not self._structure.has_a_way:
             return always
         number = xp.minimum(xp.maximum(count, masks.count(always)), masks.count(active))
         return masks.top(xp.where(always, masks.HIGHEST, keys), number)
 
+    def random_scores(self, active, seed, index, step):
+        """Uniform draws in [0, 1), one for each unit; see `masks.random_scores`."""
+        return masks.random_scores(active, seed, index, step)
+
     def random_mask(self, count, seed):
-        """A uniformly random mask with exactly `count` active units: NumPy bool array."""
+        """A uniformly random mask with exactly `count` active units: NumPy array, of weights."""
         if self._group_axes is None:
-            return self._joined(masks.random_mask(self._unit_shape, count, seed))
+            return self.write(masks.random_mask(self._unit_shape, count, seed))
         everything = np.broadcast_to(self._exists(), self._unit_shape)
         draws = np.random.default_rng(seed).random(self._unit_shape, dtype="float32")
-        return self._joined(self._prune_groups(draws, everything, np.int32(count)))
-
-    def random_scores(self, mask, seed, index, step):
-        """Uniform draws in [0, 1), one for each unit; see `masks.random_scores`."""
-        return self._joined(masks.random_scores(self.active(mask), seed, index, step))
+        return self.write(self.prune(draws, everything, np.int32(count)))
 
     # ------------------------------------------------------------------ masks from elsewhere
 
@@ -625,7 +650,7 @@ class Units:
         needed, present = self._by_group(wanted), self._by_group(active)
         least = self._structure.allowed(needed, self._group_sizes)
         numbers = xp.where(xp.all(needed <= present), present, least)
-        new = self._joined(self._with_numbers(wanted, active, numbers))
+        new = self.write(self._with_numbers(wanted, active, numbers))
         return outside, xp.sum(numbers), xp.sum(present), new
 
     def smallest(self, wanted):
@@ -639,7 +664,7 @@ class Units:
         if not self._structure.is_finished(counts, self._group_sizes):
             raise ValueError(f"what is not 0 does not fit {self._structure}")
         numbers = self._structure.allowed(counts, self._group_sizes)
-        return self._joined(self._with_numbers(wanted, wanted, numbers))
+        return self.write(self._with_numbers(wanted, wanted, numbers))
 
     def holds(self, mask):
         """Whether a NumPy mask has the structure: bool."""
@@ -648,7 +673,7 @@ class Units:
         active = self.active(mask)
         counts = self._by_group(active)
         allowed = self._structure.allowed(counts, self._group_sizes)
-        return bool(np.array_equal(counts, allowed) and np.array_equal(self._joined(active), mask))
+        return bool(np.array_equal(counts, allowed) and np.array_equal(self.write(active), mask))
 
     def is_finished(self, mask):
         """Whether a NumPy mask is not only passed through by `GMP`: bool."""

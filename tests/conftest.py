@@ -1,3 +1,4 @@
+import fnmatch
 import gc
 import os
 import pathlib
@@ -35,7 +36,73 @@ def fixed_seed():
     keras.config.set_dtype_policy("float32")
 
 
-def pytest_collection_modifyitems(items):
+# What `make test` leaves to `make test-all`: patterns of tests, `!` before those that stay.
+EXHAUSTIVE = {
+    "test_full_scale.py": ["*"],
+    "test_experiments.py": ["*"],
+    "test_science.py": ["*"],
+    "test_examples.py": ["*"],
+    "test_notebook.py": ["*"],
+    "test_tflite.py": ["*", "!*by_hand*", "!*refused*"],
+    "test_browser.py": ["*"],
+    "test_peers.py": ["*"],
+    "test_typing.py": ["*"],
+    "test_distribution.py": ["*equal*one*"],
+    "test_docs.py": ["*readme*", "*example_runs*"],
+    "test_report.py": ["*"],
+    "test_condensed.py": ["*whole_model*", "*exported*", "*comes_back*"],
+    "test_packed.py": ["*goes_into_a_model*", "*small*", "*frozen*"],
+    "test_at_init.py": ["*any_model*"],
+    "test_compaction.py": ["*"],
+    "test_backup.py": ["*killed*", "*averaged*", "*any_order*", "*damaged*"],
+    "test_saving.py": ["*RigL*", "*SET*", "!*[[].keras-RigL*", "!*backup-RigL*", "*stripped*"],
+    "test_attached.py": [
+        "*compiled_updates*", "!*host[[]RigL]", "!*host[[]GraNet]", "*backups_resume*",
+        "*comes_back*", "!*[[].keras]", "*checkpoint*", "*weights_win*", "!*set_weights-True*",
+        "*srigl*", "*ema_swap*", "*once_for_all_fits*", "*unknown_length*",
+    ],
+    "test_structures.py": [
+        "*move_compiled*", "!*compiled*[[]RigL]", "*from_files*", "*any_update*",
+        "*every_method_keeps*", "!*structure[[]RigL]", "!*structure[[]GMP global]",
+        "*ablated_neurons[[]True]",
+    ],
+    "test_contract.py": [
+        "*mixed_*", "!*RigL-mixed_float16-XLA*", "*of_optimizers*", "*eager*", "*situations*",
+        # each method and each situation once, or nearly
+        "!*[[]RigL-clone]", "!*[[]SET-file]", "!*[[]MEST-accumulation]", "!*[[]GMP-outer model]",
+        "!*[[]GraNet-own optimizer]", "!*[[]SRigL-frozen and thawed]", "*every_hook*",
+        "!*every_hook[[]clone-True]", "!*every_hook[[]steps_per_execution-False]",
+        "*float32-XLA]", "!*RigL corrected-float32-XLA*", "!*SNFS-float32-XLA*",
+    ],
+    "test_models.py": [
+        "*any_model*", "!*[[]convnet]", "!*[[]bert]", "!*[[]nested_and_shared]",
+        "!*lstm_generation*", "!*[[]functional_subclass]", "*generate*",
+    ],
+    "test_methods.py": ["*same_compiled*", "*keep_their_own*", "*random_or_at_zero[[]True]"],
+    "test_conversion.py": ["*foreign_optimizer*", "*keras_application*", "*lets_go_in_place*"],
+    "test_callbacks.py": ["*many_updates*", "*SET*", "!*interval*SET*"],
+    "test_kinds.py": [
+        "*langevin*", "*noisy*", "*accumulation*", "!*accumulation[[]MEST]",
+        "*instances_that_differ*", "!*differ*values1]",
+    ],
+    "test_optimizers.py": [
+        "*trusted*", "!*trusted*[[]Adam-average]", "*stay_zero*", "!*zero[[]Muon]",
+    ],
+}  # fmt: skip
+
+
+def is_exhaustive(item):
+    chosen = False
+    for pattern in EXHAUSTIVE.get(item.path.name, ()):
+        if fnmatch.fnmatchcase(item.name, pattern.removeprefix("!")):
+            chosen = pattern[0] != "!"
+    return chosen
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if is_exhaustive(item):
+            item.add_marker("exhaustive")
     for item in items:
         needed = item.get_closest_marker("backend")
         if needed and BACKEND not in needed.args:
@@ -43,4 +110,5 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: for `make test-all`")
     config.addinivalue_line("markers", "backend(name): runs on this Keras backend only")

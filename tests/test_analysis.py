@@ -250,7 +250,7 @@ def test_gradient_flow_callback(with_method):
             optimizer = self.model.optimizer
             seen.append(
                 [
-                    (array(flow._lease.gradient(k)), array(k.topology.mask))
+                    (array(flow._run.lease.gradient(k)), array(k.topology.mask))
                     for k in optimizer.sparse_weights
                 ]
             )

@@ -16,18 +16,21 @@ from keras_sparseopt.backend import host
 from keras_sparseopt.structures import units_of
 
 
-def network(sparsity=0.6, seed=0, inner=None, structure=None):
-    """Attention, a recurrent cell, Batch Normalization and Dropout, without `sparse` layers."""
+def network(sparsity=0.6, seed=0, inner=None, structure=None, is_large=False):
+    """Dense layers, Batch Normalization and Dropout; attention and a recurrent cell if large."""
     keras.utils.set_random_seed(3)
-    inputs = keras.Input((12,))
-    x = layers.Reshape((4, 3))(inputs)
-    x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
-    x = layers.Bidirectional(layers.LSTM(4, name="lstm"), name="recurrent")(x)
+    inputs = x = keras.Input((12,))
+    if is_large:
+        x = layers.Reshape((4, 3))(x)
+        x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+        x = layers.Bidirectional(layers.LSTM(4, name="lstm"), name="recurrent")(x)
     x = layers.BatchNormalization()(layers.Dense(16, name="hidden")(x))
-    x = layers.Dropout(0.2, name="dropout")(x)
+    x = layers.Dropout(0.2, name="dropout")(layers.Dense(8, name="second")(x))
     model = keras.Model(inputs, layers.Dense(3, name="head")(x))
     kso.sparsify(model, sparsity, seed=seed, structure=structure)
-    return compiled(model, kso.SparseOpt(inner or keras.optimizers.Adam(0.01)))
+    optimizer = kso.SparseOpt(inner or keras.optimizers.Adam(0.01))
+    # What is tested is not how TensorFlow compiles a step.
+    return compiled(model, optimizer, jit_compile=keras.backend.backend() == "jax")
 
 
 def train(model, first=0, last=1, callbacks=None, method=None):
@@ -59,7 +62,7 @@ def test_comes_back_and_trains_on_bit_for_bit(where, tmp_path):
                 layer.rate = 0.0
         return model
 
-    model = no_dropout(network())
+    model = no_dropout(network(is_large=True))
     train(model, 0, 2)
     path = str(tmp_path / f"file{where}")
     if where == ".keras":
@@ -69,7 +72,7 @@ def test_comes_back_and_trains_on_bit_for_bit(where, tmp_path):
     elif where == "pickle":
         loaded = pickle.loads(pickle.dumps(model))
     else:
-        loaded = network(seed=9)
+        loaded = network(seed=9, is_large=True)
         loaded.optimizer.build(loaded.trainable_variables)
         if where == "checkpoint":
             if keras.backend.backend() != "tensorflow":
@@ -108,7 +111,7 @@ def test_backups_resume_exactly(own, tmp_path):
     kind = kso.BackupAndRestore if own else keras.callbacks.BackupAndRestore
 
     def run(directory, more=(), seed=0):
-        model = network(seed=seed)
+        model = network(seed=seed, is_large=own)
         if not own:  # Keras' file lacks the generator of Dropout
             model.get_layer("dropout").rate = 0.0
         train(model, 0, 4, [kind(directory), *more])
@@ -266,8 +269,7 @@ def test_a_file_of_a_model_that_was_frozen_after_training(tmp_path):
     model.fit(x, y, verbose=0)
     model.get_layer("a").trainable = False
     model.save(tmp_path / "m.keras")
-    with pytest.warns(UserWarning, match="Skipping variable loading"):
-        loaded = keras.models.load_model(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
     kso.strip(loaded)
     sparsities = kso.masks_from_zeros(loaded, include="a")
     assert list(sparsities.values()) == [w.topology.sparsity for w in kso.sparse_weights(model)]
@@ -298,7 +300,7 @@ def test_a_callback_may_be_evaluated_first():
 def test_moved_weights_are_told(capsys):
     model = network()
     weight = kso.sparse_weights(model)[0]
-    with weight.topology.quiet():  # as an assignment past the variable would
+    with weight.topology.moving():  # as an assignment past the variable would
         weight.assign(np.ones(weight.shape))
     kso.summary(model)
     assert "NOT HELD" in capsys.readouterr().out
@@ -309,9 +311,10 @@ def test_moved_weights_are_told(capsys):
 def test_what_is_sparse_is_told_at_the_start_of_training(capsys):
     model = network()
     x, y = data()
-    model.fit(x, y, verbose=2, callbacks=[kso.GradientFlow(), kso.RigL(3)])
+    model.fit(x, y, verbose=2, batch_size=8,
+              callbacks=[kso.GradientFlow(2), kso.RigL(2)])  # fmt: skip
     text = capsys.readouterr().out
-    assert text.count("of the 496 kernel weights have a mask") == 1, text
+    assert text.count("of the 344 kernel weights have a mask") == 1, text
 
 
 # ---------------------------------------------------------------------- compiled updates
@@ -445,6 +448,7 @@ def counting_network():
     return compiled(model, kso.SparseOpt("sgd")), traces
 
 
+@pytest.mark.filterwarnings("ignore:The schedule of RigL begins anew")
 def test_fits_do_not_compile_the_step_again():
     model, traces = counting_network()
     for _ in range(4):
@@ -453,7 +457,7 @@ def test_fits_do_not_compile_the_step_again():
     assert not model.optimizer.kept_gradients
 
 
-def test_gradients_are_kept_until_the_end_step_only():
+def test_gradients_are_kept_until_the_end_of_a_short_fit():
     model, _ = counting_network()
     kept = []
 
@@ -462,7 +466,7 @@ def test_gradients_are_kept_until_the_end_step_only():
             kept.append(len(self.model.optimizer.kept_gradients))
 
     train(model, method=kso.RigL(2, end_step=5), callbacks=[Look()])
-    assert kept == [1, 1, 1, 1, 1, 0, 0, 0]  # at step 6 there is nothing left to do
+    assert kept == [1] * 8  # so few steps are not worth another compilation
 
 
 def test_an_interrupted_fit_gives_its_gradients_back():
@@ -585,12 +589,12 @@ def test_stateless_step_in_a_loop_of_ones_own():
     x, y = data()
     for i in range(0, 32, 4):
         values = step(*values, x[i : i + 4], y[i : i + 4])
-    with pytest.raises(ValueError, match="lives outside of the variables. Call `stateless_step`"):
-        for _ in range(4):
+    with pytest.raises(ValueError, match="lives outside of the variables. There, call"):
+        for _ in range(8):
             rigl.step()
     for group, new in zip(groups, values):
         for variable, value_ in zip(group, new):
-            with getattr(variable, "topology", kso.sparse_weights(model)[0].topology).quiet():
+            with getattr(variable, "topology", kso.sparse_weights(model)[0].topology).moving():
                 variable.assign(value_)
     assert all(np.array_equal(a, b) for a, b in zip(masks_of(fitted), masks_of(model)))
     assert_invariants(model)
@@ -639,7 +643,9 @@ def test_a_subclass_of_a_sparse_layer_may_call_super():
         def call(self, x):
             return 3 * super().call(x)
 
-    class Both(kso.layers.SparseLayer, Scaled):
+    from keras_sparseopt.models.layers import SparseLayer
+
+    class Both(SparseLayer, Scaled):
         pass
 
     x = np.ones((2, 5), "float32")

@@ -235,7 +235,7 @@ def test_dead_neurons_are_logged(compiled):
 def test_progress_bar_shows_the_logs(capsys):
     model = compiled(mlp(), sgd())
     x, y = data()
-    model.fit(x, y, verbose=2, callbacks=[kso.RigL(3)])
+    model.fit(x, y, verbose=2, batch_size=4, callbacks=[kso.RigL(3)])
     assert "itop_rate" in capsys.readouterr().out
 
 

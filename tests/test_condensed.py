@@ -226,6 +226,7 @@ def test_what_lies_in_other_things_comes_back_as_it_was(make, tmp_path):
     assert layers.Dense in map(type, loaded._flatten_layers())
 
 
+@pytest.mark.filterwarnings("ignore:Only .* have a mask")
 def test_masks_of_inputs_go_on(tmp_path):
     model = keras.Sequential(
         [

@@ -112,3 +112,182 @@ def test_contract(method, precision, execution):
 @pytest.mark.parametrize("method", ["RigL", "SET"])
 def test_contract_of_optimizers(method, optimizer):
     check(method, "float32", "XLA", optimizer)
+
+
+# ---------------------------------------------------------------------- situations
+
+
+class Centralized(keras.optimizers.SGD):
+    """An optimizer of one's own, whose gradients are not 0 where they were."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        if len(gradient.shape) > 1:
+            gradient = gradient - keras.ops.mean(gradient, axis=0, keepdims=True)
+        super().update_step(gradient, variable, learning_rate)
+
+
+def dense_net(structure):
+    """Attached masks; the first layer can be frozen."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(16, "relu", name="first")])
+    model.add(keras.layers.BatchNormalization())
+    model.add(keras.layers.Dense(16, "relu", name="second"))
+    model.add(keras.layers.Dense(2, name="last"))
+    return kso.sparsify(model, 0.3, "uniform", structure=structure)
+
+
+def ready(model, inner=None, **options):
+    options = {"jit_compile": keras.backend.backend() == "jax", **options}
+    inner = inner or keras.optimizers.SGD(0.05, momentum=0.9)
+    return compiled(model, kso.SparseOpt(inner), **options)
+
+
+def in_accumulation(model, fit):
+    fit(ready(model, keras.optimizers.SGD(0.05, gradient_accumulation_steps=2)))
+    return model
+
+
+def in_steps_per_execution(model, fit):
+    fit(ready(model, steps_per_execution=2))
+    return model
+
+
+def in_an_outer_model(model, fit):
+    x = keras.Input((12,))
+    fit(ready(keras.Model(x, model(x))))
+    return model
+
+
+def frozen_and_thawed(model, fit):
+    first = model.get_layer("first")
+    first.trainable = False
+    fit(ready(model), warm_up=True)
+    first.trainable = True
+    fit(ready(model))
+    return model
+
+
+def with_an_own_optimizer(model, fit):
+    fit(ready(model, Centralized(0.05, momentum=0.9)))
+    return model
+
+
+def cloned(model, fit):
+    fit(ready(model), warm_up=True)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    fit(clone)
+    return clone
+
+
+def from_a_file(model, fit, path):
+    fit(ready(model), warm_up=True)
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    fit(loaded)
+    return loaded
+
+
+SITUATIONS = {
+    "accumulation": in_accumulation,
+    "steps_per_execution": in_steps_per_execution,
+    "outer model": in_an_outer_model,
+    "frozen and thawed": frozen_and_thawed,
+    "own optimizer": with_an_own_optimizer,
+    "clone": cloned,
+    "file": from_a_file,
+}
+
+
+def check_situation(make_method, situation, tmp_path, counts_change, changes=True):
+    structure = kso.ConstantFanIn() if isinstance(make_method(), kso.SRigL) else None
+    model = dense_net(structure)
+    before = [mask.sum() for mask in masks_of(model)]
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 12)).astype("float32"), rng.integers(0, 2, 32)
+    start: list = []
+
+    def fit(model, warm_up=False):
+        start[:] = masks_of(model)
+        callbacks = [] if warm_up else [make_method()]
+        model.fit(x, y, batch_size=4, epochs=1 if warm_up else 2, verbose=0, callbacks=callbacks)
+
+    arguments = (tmp_path / "m.keras",) if situation == "file" else ()
+    result = SITUATIONS[situation](model, fit, *arguments)
+    after = masks_of(result)
+    if not counts_change:
+        assert [mask.sum() for mask in after] == before
+    is_other = [not np.array_equal(a, b) for a, b in zip(start, after)]
+    assert any(is_other) == changes
+    for weight in kso.sparse_weights(result):
+        mask = array(weight.topology.mask)
+        assert not array(weight)[~mask].any() and mask.mean() <= 0.71
+    for optimizer in kso.sparse_weights(result)[0].topology.optimizers:
+        for weight in optimizer.weights:
+            for slot in weight.slots:
+                assert not array(slot)[~array(weight.topology.mask)].any()
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract_in_situations(method, situation, tmp_path):
+    if (method, situation) == ("SNFS", "accumulation"):
+        pytest.skip("refused: a moving average cannot be kept there")
+    changing = {*CHANGES_COUNTS, "SRigL"}
+    check_situation(METHODS[method], situation, tmp_path, method in changing, method != "static")
+
+
+class AllHooks(kso.DynamicSparseTraining):
+    """Overrides each documented hook, and counts who was asked."""
+
+    uses_gradient = True
+
+    def __init__(self, compiled):
+        super().__init__(4, 0.4, end_step=1000, compiled=compiled)
+        self._asked = set()
+
+    def scores(self, weight, mask, gradient, update):
+        self._asked.add("scores")
+        return super().scores(weight, mask, gradient, update)
+
+    def values(self, weight, mask, gradient, update):
+        self._asked.add("values")
+        return super().values(weight, mask, gradient, update)
+
+    def new_mask(self, weight, mask, gradient, update):
+        self._asked.add("new_mask")
+        return super().new_mask(weight, mask, gradient, update)
+
+    def grown(self, weight, mask, gradient, update):
+        self._asked.add("grown")
+        return 0.01 * abs(gradient)
+
+    def plan(self, weights, active):
+        self._asked.add("plan")
+        return super().plan(weights, active)
+
+    def is_due(self):
+        self._asked.add("is_due")
+        return super().is_due()
+
+    def is_over(self):
+        self._asked.add("is_over")
+        return super().is_over()
+
+    def lease(self, optimizer):
+        self._asked.add("lease")
+        return super().lease(optimizer)
+
+
+@pytest.mark.parametrize("where", [False, True])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_contract_of_a_method_that_overrides_every_hook(situation, where, tmp_path):
+    made = []
+
+    def make():
+        made.append(AllHooks(where))
+        return made[-1]
+
+    check_situation(make, situation, tmp_path, counts_change=False)
+    hooks = {"scores", "values", "new_mask", "grown", "plan", "is_due", "is_over", "lease"}
+    assert set().union(*(method._asked for method in made)) == hooks

@@ -69,6 +69,11 @@ def test_mirrored_strategy_equals_one_device(replicas):
     finish(start("mirrored.py", replicas))
 
 
+@pytest.mark.backend("tensorflow")
+def test_zeros_hold_with_replicas():
+    finish(start("replicas.py"))
+
+
 @pytest.mark.backend("jax")
 def test_jax_distributions_equal_one_device():
     finish(start("jax_devices.py"))

@@ -10,8 +10,10 @@ from helpers import (
     masks_of,
     mlp,
 )
+from keras import ops
 
 import keras_sparseopt as kso
+from keras_sparseopt.optimizers.sparse_opt import KEEPS_ZEROS
 
 OPTIMIZERS = {
     "SGD": lambda: keras.optimizers.SGD(0.1),
@@ -139,6 +141,47 @@ def test_inactive_weights_and_slots_stay_zero(name):
         optimizer.apply(grads, layer.trainable_variables)
     assert_invariants(layer, optimizer)
     assert (array(layer.kernel) != moved)[mask].all()
+
+
+TRUSTED = [name for name, make in OPTIMIZERS.items() if type(make()) in KEEPS_ZEROS] + ["HAM"]
+RUN_OPTIONS = {
+    "plain": {},
+    "decay and clipping": {"weight_decay": 0.1, "clipnorm": 0.1},
+    "average": {"use_ema": True, "ema_overwrite_frequency": 2, "global_clipnorm": 1.0},
+    "accumulation": {"gradient_accumulation_steps": 2, "clipvalue": 0.1},
+}
+
+
+@pytest.mark.parametrize("options", RUN_OPTIONS)
+@pytest.mark.parametrize("name", TRUSTED)
+def test_what_is_trusted_keeps_zeros_without_being_masked_again(name, options, monkeypatch):
+    monkeypatch.delattr(kso.SparseOpt, "_mask_again")
+    config = OPTIMIZERS[name]().get_config()
+    of_inner = config["inner_optimizer"]["config"] if name == "HAM" else config
+    of_inner.update(RUN_OPTIONS[options])
+    inner = type(OPTIMIZERS[name]()).from_config(config)
+    _, kernels, grads = kernels_and_gradients()
+    optimizer = kso.SparseOpt(inner)
+    for _ in range(4):
+        optimizer.apply([ops.convert_to_tensor(g) for g in grads], kernels)
+    for weight in optimizer.weights:
+        inactive = ~array(weight.topology.mask)
+        for variable in (weight.variable, *weight.slots):
+            assert not array(variable)[inactive].any(), variable.path
+    optimizer.finalize_variable_values(kernels)
+    assert not any(array(k)[~array(k.topology.mask)].any() for k in kernels)
+
+
+def test_what_is_not_exactly_trusted_is_masked_again():
+    class Mine(keras.optimizers.SGD):
+        pass
+
+    trusted = {
+        name: kso.SparseOpt(make())._inner_keeps_zeros() for name, make in OPTIMIZERS.items()
+    }
+    assert {name for name, is_trusted in trusted.items() if is_trusted} == set(TRUSTED)
+    assert not kso.SparseOpt(Mine(0.1))._inner_keeps_zeros()
+    assert not kso.SparseOpt(kso.HAM(Mine(0.1)))._inner_keeps_zeros()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -110,7 +110,7 @@ def test_report_in_a_browser(run, tmp_path):
 
 def test_report_of_odd_logs(tmp_path):
     """A vector metric, NaN, validation every second epoch, a line of CSV that was cut off."""
-    from keras_sparseopt.reporting import _read
+    from keras_sparseopt.analysis.report import _read
 
     history = {"f1": [np.ones(3)], "loss": [2.0, np.nan, 1.0, 0.5], "val_loss": [1.5, 0.7]}
     logs, _ = _read(history)
@@ -307,7 +307,7 @@ def test_jumps_are_what_the_update_did(run):
         def see(self, logs):
             weight = kso.sparse_weights(self.model)[0]
             masks.append(array(weight.topology.mask))
-            gradients.append(array(flow._lease.gradient(weight)))
+            gradients.append(array(flow._run.lease.gradient(weight)))
 
     x, y = data(64)
     flow = kso.GradientFlow(1)

@@ -152,6 +152,7 @@ def test_sparsity_of_the_file_wins(tmp_path):
     assert kso.sparse_layers(model)[0].sparsity == pytest.approx(0.9, abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:The schedule of RigL begins anew")
 def test_loading_weights_into_a_training_model_moves_the_slots(tmp_path):
     path = str(tmp_path / "m.weights.h5")
     mlp(seed=8).save_weights(path)

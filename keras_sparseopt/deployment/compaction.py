@@ -11,9 +11,9 @@ from keras import layers
 
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
-from keras_sparseopt.conversion import check_built
 from keras_sparseopt.deployment.convert import example_inputs
 from keras_sparseopt.deployment.copies import check_same, outputs_of, plain_copy
+from keras_sparseopt.models.conversion import check_built
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)

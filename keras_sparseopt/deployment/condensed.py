@@ -12,14 +12,14 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import keras_internals
-from keras_sparseopt.backend import IS_TENSORFLOW, compiled, host, tensor_of
+from keras_sparseopt.backend import WAYS_TO_COMPILE, compiled, host, tensor_of
 from keras_sparseopt.checks import check_float, check_int
-from keras_sparseopt.conversion import check_built
 from keras_sparseopt.deployment.convert import example_inputs
 from keras_sparseopt.deployment.copies import check_same, outputs_of, plain_copy
 from keras_sparseopt.deployment.measuring import milliseconds
 from keras_sparseopt.deployment.products import Letters, active_values, equation_of
-from keras_sparseopt.topology import kernels_of
+from keras_sparseopt.models.conversion import check_built
+from keras_sparseopt.models.kernels import kernels_of
 
 _ROWS_AT_ONCE = 4  # rows of indices in one turn of the loop: two to four times as fast as one
 _FEWEST_ZEROS = 0.5
@@ -409,4 +409,4 @@ def _dense(rows, matrix):
 
 
 # TensorFlow multiplies matrices faster without XLA.
-_DENSE = [compiled(_dense), *([compiled(_dense, jit=False)] if IS_TENSORFLOW else [])]
+_DENSE = [compiled(_dense, jit=way) for way in WAYS_TO_COMPILE]

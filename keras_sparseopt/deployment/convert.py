@@ -7,18 +7,20 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sparseopt import keras_internals
-from keras_sparseopt.backend import IS_TENSORFLOW, host
-from keras_sparseopt.conversion import check_built
+from keras_sparseopt import backend, keras_internals
+from keras_sparseopt.backend import host
+from keras_sparseopt.models.conversion import check_built
 
 
 def check_exportable(model, inputs, batch_size=1):
     """The inputs as NumPy arrays, drawn if there are none; or an error that says why not."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
     check_built(model)
-    if not IS_TENSORFLOW:
+    if backend.NAME != "tensorflow":
         raise ValueError(
             "TFLite files need TensorFlow's converter: save the model, and load and export it "
-            f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={keras.backend.backend()}"
+            f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={backend.NAME}"
         )
     condensed = [x.name for x in keras_internals.all_layers(model) if hasattr(x, "fan_in_entries")]
     if condensed:

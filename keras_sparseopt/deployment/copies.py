@@ -7,8 +7,8 @@ import keras
 
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
-from keras_sparseopt.conversion import strip
 from keras_sparseopt.deployment.measuring import relative_difference
+from keras_sparseopt.models.conversion import strip
 
 
 def plain_copy(model):

@@ -34,7 +34,8 @@ class SparseInference:
         xnnpack: Bool, whether XNNPACK's sparse engine will take the network.
         in_part: Bool, whether it would begin to, and meet something that it cannot take: the
             outputs of such a file may be wrong.
-        zeros: Float, the share of zeros in all 1×1 kernels that it would compute with.
+        zeros: Float, the share of zeros in the 1×1 kernels that it would compute with; in all of
+            the network's, where it does not take it.
         problems: List of strings: what is in its way, where, and the way out.
         dense_layers: Dict from the name of each dense layer to `"blocks"`, which TFLite multiplies
             without the zeros, `"single zeros"`, which only make the file smaller, or `"dense"`.
@@ -116,7 +117,9 @@ def read_file(content, model, measure=False):
     graph = _Graph(content, model)
     problems, cluster = _cluster(graph)
     in_part = bool(cluster and problems)
-    kernels = [graph.constant(op.inputs[1]) for op in cluster if op.kind == "CONV_2D"]
+    # Where it would take nothing, of all that it could take if nothing were in its way.
+    convolutions = [op for op in cluster or graph.operations if op.kind == "CONV_2D"]
+    kernels = [graph.constant(op.inputs[1]) for op in convolutions if graph.is_known(op.inputs[1])]
     kernels = [kernel for kernel in kernels if kernel.shape[1:3] == (1, 1)]
     weights = sum(kernel.size for kernel in kernels)
     zeros = 1 - sum(map(np.count_nonzero, kernels)) / weights if weights else 0.0
@@ -355,9 +358,25 @@ class _Graph:
                     found.append(candidate)
                     break
         with_kernel = [x for x in found if _kernels(layers[x])]
-        if with_kernel or found or kind not in _WITH_KERNEL or not self._is_float(inputs[1]):
+        if kind not in _WITH_KERNEL or not self._is_float(inputs[1]):
             return (with_kernel or found or [name])[0]
-        return self._layer_of_kernel(inputs[1]) or name
+        # Names of the file are numbered in its own way: a layer must have such a kernel.
+        fitting = [x for x in with_kernel if self._could_be(layers[x], inputs[1])]
+        if fitting:
+            return fitting[0]
+        return self._layer_of_kernel(inputs[1]) or (found or [name])[0]
+
+    def _could_be(self, layer, tensor):
+        """Whether a layer has a kernel of this size and number of zeros, whatever its scale."""
+        if self.is_sparse(tensor):
+            return any(v.shape and math.prod(v.shape) == math.prod(self.shape(tensor))
+                       for v in _kernels(layer))  # fmt: skip
+        values = self.constant(tensor)
+        return any(
+            math.prod(v.shape) == values.size
+            and np.count_nonzero(active_values(v)) == np.count_nonzero(values)
+            for v in _kernels(layer)
+        )
 
     def _layer_of_kernel(self, tensor):
         """The layer whose kernel has these values, in whatever order; each layer once."""
@@ -396,6 +415,10 @@ class _Graph:
 
     def is_constant(self, tensor):
         return self.is_sparse(tensor) or self._buffer(self._source(tensor)).DataLength() > 0
+
+    def is_known(self, tensor):
+        """Whether the values of a constant stand in the file as numbers that can be counted."""
+        return self.is_constant(tensor) and self._is_float(tensor)
 
     def is_sparse(self, tensor):
         return self._graph.Tensors(self._source(tensor)).Sparsity() is not None

@@ -17,16 +17,15 @@ import numpy as np
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool
-from keras_sparseopt.conversion import (
+from keras_sparseopt.devices import optimizers_of
+from keras_sparseopt.files import check_place, read_whole, write_whole
+from keras_sparseopt.models.conversion import (
     check_built,
-    check_not_training,
     set_mask,
     sparse_weights,
     strip,
 )
-from keras_sparseopt.devices import optimizers_of
-from keras_sparseopt.files import check_place, read_whole, write_whole
-from keras_sparseopt.topology import attach_saved, detach, topology_of
+from keras_sparseopt.models.topology import attach_saved, detach, topology_of
 from keras_sparseopt.typing import Path
 
 _WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
@@ -142,9 +141,7 @@ def _load_into(model, saved, found):
     with _unchanged_on_failure(model):
         for config, mask in found:
             variable = model.weights[config["index"]]
-            if topology_of(variable) is None:
-                check_not_training(model)
-            else:
+            if topology_of(variable) is not None:
                 set_mask(variable, mask)
         _hang(model, found)
         with keras_internals.without_optimizer(model):
@@ -155,7 +152,7 @@ def _load_into(model, saved, found):
 @contextlib.contextmanager
 def _unchanged_on_failure(model):
     had = sparse_weights(model)
-    variables = [*model.variables, *(variable.topology.mask for variable in had)]
+    variables = [*model.variables, *(variable.topology.mask_variable for variable in had)]
     for optimizer in optimizers_of(model):
         variables += optimizer.variables
     before = [(variable, np.array(host(variable))) for variable in variables]
@@ -168,7 +165,7 @@ def _unchanged_on_failure(model):
                 detach(variable)
         with contextlib.ExitStack() as stack:
             for variable in had:
-                stack.enter_context(variable.topology.quiet())
+                stack.enter_context(variable.topology.moving())
             for variable, value in before:
                 variable.assign(value)
         raise
@@ -178,7 +175,7 @@ def _hang(model, found):
     for config, mask in found:
         variable = model.weights[config["index"]]
         if topology_of(variable) is None:
-            attach_saved(variable, mask, config).belong_to(model)
+            attach_saved(variable, config).take(mask)
 
 
 def _check_fits(model, saved):

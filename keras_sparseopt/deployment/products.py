@@ -7,8 +7,8 @@ import string
 from keras import layers
 
 from keras_sparseopt.backend import host
-from keras_sparseopt.layers import SparseLayer
-from keras_sparseopt.topology import topology_of
+from keras_sparseopt.models.layers import SparseLayer
+from keras_sparseopt.models.topology import topology_of
 
 
 def active_values(variable):

@@ -22,7 +22,7 @@ from keras_sparseopt.deployment.engines import read_file
 from keras_sparseopt.deployment.measuring import relative_difference
 from keras_sparseopt.deployment.products import active_values
 from keras_sparseopt.files import check_place, write_aside
-from keras_sparseopt.topology import topology_of
+from keras_sparseopt.models.topology import topology_of
 from keras_sparseopt.typing import Path
 
 # How much outputs may differ, in parts of the largest one.

@@ -1,10 +1,12 @@
 """Hyperbolic Aware Minimization."""
 
+import math
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_sparseopt.checks import check_float
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
 
 
@@ -74,8 +76,7 @@ class HAM(WrapperOptimizer):
         name: str | None = None,
     ) -> None:
         for argument, value in (("alpha", alpha), ("beta", beta)):
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(f"`{argument}` must be ≥ 0. Received: {argument}={value!r}")
+            check_float(argument, value, 0, math.inf)
         super().__init__(inner_optimizer, name=name)
         if "update_step" in vars(self.inner_optimizer):
             raise ValueError(

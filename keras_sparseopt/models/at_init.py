@@ -9,10 +9,9 @@ from keras import ops
 from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.backend import gradient_function, host
 from keras_sparseopt.checks import check_int, check_sparsity
-from keras_sparseopt.conversion import (
+from keras_sparseopt.models.conversion import (
     attach_all,
     check_built,
-    check_not_training,
     maskable,
     structures_of,
 )
@@ -104,7 +103,6 @@ def prune_at_init(
             f'`method` must be "snip", "grasp" or "synflow". Received: method={method!r}'
         )
     check_int("iterations", iterations, 1)
-    check_not_training(model)
     if data is not None and not (isinstance(data, tuple) and len(data) == 2):
         raise ValueError(f"`data` must be a tuple (x, y), one batch. Received: {type(data)}")
     kernels = maskable(model, include, exclude)
@@ -218,6 +216,8 @@ def _best(kernels, structures, scores, sparsity):
     counts = shared_budget(own, scores, everything, sparsity)
     units = [kernel.units(structure) for kernel, structure in zip(kernels, own)]
     return [
-        unit.prune(score, every, np.int32(unit.nearest(count)))
+        unit.write(
+            unit.prune(unit.magnitudes(score), unit.active(every), np.int32(unit.nearest(count)))
+        )
         for unit, score, every, count in zip(units, scores, everything, counts)
     ]

@@ -11,11 +11,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_sparseopt import analysis
+from keras_sparseopt.analysis import measures
+from keras_sparseopt.analysis.monitors import LOG_FILE, GradientFlow, read_log
 from keras_sparseopt.keras_internals import functional_of
-from keras_sparseopt.monitors import LOG_FILE, GradientFlow, read_log
+from keras_sparseopt.models.topology import sparse_weights
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
-from keras_sparseopt.topology import sparse_weights
 from keras_sparseopt.typing import Path
 
 _TOPOLOGY = {
@@ -85,7 +85,7 @@ def report(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    if not analysis.named_topologies(model):
+    if not measures.named_topologies(model):
         raise ValueError(f"`model` must hold sparse weights. Received: '{model.name}'")
     if gradient_flow is not None and not isinstance(gradient_flow, GradientFlow):
         raise TypeError(
@@ -96,7 +96,7 @@ def report(
     if gradient_flow is not None:
         measured = gradient_flow.history
     _require_matplotlib()
-    rows = analysis.connectivity(model)
+    rows = measures.connectivity(model)
     pictures = {}
     for name, (caption, figure) in _figures(logs, measured, model, rows).items():
         buffer = io.BytesIO()
@@ -222,7 +222,7 @@ def _figures(logs, measured, model, rows):
         "right and left of 1 is what turns the gradient under Batch Normalization.",
         _fan_in(rows),
     )
-    skews = analysis.measured_skew(model) if functional_of(model) is not None else []
+    skews = measures.measured_skew(model) if functional_of(model) is not None else []
     skews = [skew for skew in skews if not np.isnan(skew["correlation"])]
     if skews:
         figures["amplification"] = (

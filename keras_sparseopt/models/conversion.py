@@ -9,23 +9,23 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import distributions, keras_internals, masks
-from keras_sparseopt import layers as sparse
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_sparsity
-from keras_sparseopt.devices import optimizers_of
-from keras_sparseopt.graph import Following
-from keras_sparseopt.initializers import SparseHeNormal
-from keras_sparseopt.structures import StructureRules, as_structure
-from keras_sparseopt.topology import (
+from keras_sparseopt.models import layers as sparse
+from keras_sparseopt.models.graph import Following
+from keras_sparseopt.models.initializers import SparseHeNormal
+from keras_sparseopt.models.kernels import CONVOLUTIONS, kernels_of
+from keras_sparseopt.models.topology import (
     attach,
     detach,
-    kernels_of,
+    forget_steps,
+    release,
     sparse_weights,
     topology_of,
 )
+from keras_sparseopt.structures import StructureRules, as_structure
 from keras_sparseopt.typing import Array, Distribution, Rules, SkewCorrection, Sparsities
 
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _PLAIN = {
     sparse.SparseDense: keras.layers.Dense,
     sparse.SparseConv1D: keras.layers.Conv1D,
@@ -54,12 +54,13 @@ def sparsify(
     """Make a model sparse, in place: random, exact masks hang on its weights.
 
     Works on any built Keras model: Functional, Sequential, subclassed, KerasHub's, with layers
-    inside of layers at any depth. No layer is replaced: inactive weights are 0, and `SparseOpt`
-    keeps them there. Do it before the optimizer is built: sparsify, then `compile`.
+    inside of layers at any depth; also on one that only holds others, such as a GAN, or on a single
+    layer. No layer is replaced: inactive weights are 0, and `SparseOpt` keeps them there. A
+    `SparseOpt` that trains the weights already takes the masks over.
 
     | masked | which |
     |---|---|
-    | by default | `kernel` of Dense, EinsumDense, convolutions and transposed convolutions; the pointwise kernel of separable ones; `kernel` and `recurrent_kernel` of recurrent cells; the projections of attention layers; every weight of rank ≥ 2 with `kernel` in its name in layers of your own |
+    | by default | `kernel` of Dense, EinsumDense, convolutions and transposed convolutions; the pointwise kernel of separable ones; `kernel` and `recurrent_kernel` of recurrent cells; the projections of attention layers; in layers of your own every trainable weight of rank ≥ 2 that is multiplied with the data (a product of matrices, an einsum or a convolution, in one symbolic call of the model), or, where the model cannot be called so, that has `kernel` in its name |
     | with `include` | depthwise kernels, embeddings, frozen weights, any other weight of rank ≥ 2 |
     | never | biases, normalizations, what preprocessing layers know |
 
@@ -67,11 +68,11 @@ def sparsify(
     weights together. `summary` says what that is of the whole model.
 
     Args:
-        model: Built Keras model.
+        model: Built Keras model, or a layer.
         sparsity: Float in [0, 1). Ignored, and may be `None`, with a dict `distribution`.
         distribution: `"erk"` (default), `"er"`: the total number of active weights is exact,
-            each weight tensor within one of its share. `"uniform"`: all at `sparsity`, the first
-            convolution stays dense. Or a dict from rule (a name, path or pattern) to sparsity;
+            each weight tensor within one of its share. `"uniform"`: all at `sparsity`, the model's
+            first convolution stays dense. Or a dict from rule (a name, path or pattern) to sparsity;
             what it does not name stays dense.
         include: What to mask that is not masked by default. A rule, or a list of rules: a name or
             pattern, such as `"block1_*"`, of a layer (with all inside of it) or of a weight's path;
@@ -116,15 +117,10 @@ def sparsify(
         check_sparsity(sparsity)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed!r}")
-    check_not_training(model)
     chosen = maskable(model, include, exclude)
     structures = structures_of(model, chosen, structure)
     kernels, counts = _active_counts(model, chosen, sparsity, distribution, structures)
-    if not kernels:
-        raise ValueError(
-            "Nothing is left to mask: the model has no kernel that is trainable, dense and "
-            f"outside of `exclude`. Received: exclude={exclude!r}, distribution={distribution!r}"
-        )
+    _check_something(model, kernels, f"exclude={exclude!r}, distribution={distribution!r}")
     drawn = []
     for position, (kernel, count) in enumerate(zip(kernels, counts)):
         own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
@@ -144,13 +140,30 @@ def sparsify(
     return model
 
 
+def _check_something(model, kernels, received):
+    if kernels:
+        return
+    masked = len(sparse_weights(model))
+    if masked:
+        raise ValueError(
+            f"Nothing is left to mask in '{model.name}': {masked} weights have masks already. For "
+            "other masks let go of these first: keras_sparseopt.strip(model), then sparsify. "
+            f"Received: {received}"
+        )
+    raise ValueError(
+        "Nothing is left to mask: the model has no kernel that is trainable and outside of "
+        f"`exclude`. Received: {received}"
+    )
+
+
 def maskable(model, include=(), exclude=()):
     """The kernels that `sparsify` would mask: list of `Kernel`, without those that have a mask."""
-    kernels = [k for k in kernels_of(model) if topology_of(k.variable) is None]
+    kernels = kernels_of(model)
     included = _matched(model, kernels, "include", include)
     possible = [k for k in kernels if stays_dense(k) == "" or id(k.variable) in included]
-    excluded = _matched(model, possible, "exclude", exclude)
-    return [k for k in possible if id(k.variable) not in excluded]
+    excluded = _matched(model, kernels, "exclude", exclude)
+    free = [k for k in possible if topology_of(k.variable) is None]
+    return [k for k in free if id(k.variable) not in excluded]
 
 
 def stays_dense(kernel):
@@ -198,14 +211,11 @@ def attach_all(model, kernels, drawn, skew_correction, structures):
         variable = kernel.variable
         values = masks.masked(ops.convert_to_tensor(variable), ops.convert_to_tensor(mask))
         variable.assign(values)
-        topology = attach(
+        attach(
             variable, mask, kernel.neuron_axes, kernel.input_axes, correct,
             _name(model, variable), normalization, structures[id(variable)],
         )  # fmt: skip
-        topology.belong_to(model)
-    # A step that was compiled before does not know of the masks.
-    if getattr(model, "train_function", None) is not None:
-        model.train_function = None
+    forget_steps([kernel.variable for kernel in kernels])
 
 
 def _name(model, variable):
@@ -213,27 +223,19 @@ def _name(model, variable):
 
 
 def check_built(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    unbuilt = [x.name for x in keras_internals.unbuilt_layers(model)]
-    if unbuilt or not model.weights:
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model or layer. Received: model={model!r}")
+    unbuilt = [layer.name for layer in keras_internals.unbuilt_layers(model)]
+    if unbuilt:
         raise ValueError(
             "`model` must be built: give a Sequential model an `Input`, call a subclassed one "
             f"once on a batch. Received: '{model.name}', not built: {', '.join(unbuilt[:5])}"
         )
-
-
-def check_not_training(model):
-    """Whoever was built before a mask hangs on its weights does not know of the mask."""
-    for optimizer in optimizers_of(model):
-        while optimizer is not None:
-            if getattr(optimizer, "holds_masks", False) and optimizer.built:
-                raise ValueError(
-                    "`model` must be sparsified before its SparseOpt is built: call sparsify "
-                    "first, then `compile` with a new SparseOpt. Received: model "
-                    f"'{model.name}' with a built {type(optimizer).__name__}"
-                )
-            optimizer = getattr(optimizer, "inner_optimizer", None)
+    if not model.weights:
+        raise ValueError(
+            "`model` must have weights, its own or of layers that it holds as attributes. "
+            f"Received: '{model.name}' without any"
+        )
 
 
 def _warn_if_mostly_dense(model):
@@ -241,8 +243,8 @@ def _warn_if_mostly_dense(model):
     if masked < total / 2:
         names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:5])
         warnings.warn(
-            f"Only {masked / total:.1%} of the kernel weights of '{model.name}' have a mask. The "
-            f"largest that stay dense: {names}. Use `include` for them.",
+            f"Only {masked / total:.1%} of the weights of rank ≥ 2 of '{model.name}' have a mask. "
+            f"The largest that stay dense: {names}. Use `include` for them.",
             stacklevel=3,
         )
 
@@ -326,8 +328,8 @@ def _active_counts(model, kernels, sparsity, distribution, structures):
     for structure in structures.values():
         structure.check_sparsity(sparsity)
     if distribution == "uniform":
-        first = next((k for k in kernels if isinstance(k.layer, _CONVOLUTIONS)), None)
-        kernels = [k for k in kernels if k is not first]
+        first = next((k for k in kernels_of(model) if isinstance(k.layer, CONVOLUTIONS)), None)
+        kernels = [k for k in kernels if first is None or k.variable is not first.variable]
         return kernels, [masks.num_active(k.size, sparsity) for k in kernels]
     counts = {id(k.variable): masks.num_active(k.size, sparsity) for k in kernels}
     together = [k for k in kernels if structures[id(k.variable)].shares_a_budget]
@@ -346,8 +348,9 @@ def strip(model: keras.Model) -> keras.Model:
     """Let go of all masks, in place: what stays is a plain Keras model with zeros in its weights.
 
     It gives the same outputs, is not compiled, and its files load where this package is not
-    installed. Layers sparse by construction become the Keras layers that they derive from, wherever
-    they lie. To train on later, save the model before.
+    installed. A `SparseOpt` trains its weights densely from then on. Layers sparse by construction
+    become the Keras layers that they derive from, wherever they lie. To train on later, save the
+    model before.
 
     Args:
         model: Any Keras model. Nothing happens to one without masks.
@@ -384,7 +387,7 @@ def strip(model: keras.Model) -> keras.Model:
     moved = [
         v.topology.name
         for v in sparse_weights(model)
-        if v.topology.is_attached and v.topology.moved_weights()
+        if v.topology.is_attached and not v.topology.is_open and v.topology.moved_weights()
     ]
     if moved:
         raise ValueError(
@@ -392,10 +395,15 @@ def strip(model: keras.Model) -> keras.Model:
             "letting go of the masks would hide that. Zero them with set_mask(variable, "
             f"variable.topology.mask), or keep them. Received: {', '.join(moved)}"
         )
+    changed = sparse_weights(model)
     for layer in owners:
         _make_plain(layer)
-    for variable in sparse_weights(model):
-        detach(variable)
+    for variable in model.trainable_variables:
+        variable.was_stripped = True  # its zeros are no mask
+    for variable in changed:
+        if topology_of(variable) is not None:
+            detach(variable)
+    forget_steps(changed)
     if hasattr(model, "compiled"):
         keras_internals.uncompile(model)
     return model
@@ -406,8 +414,8 @@ def _make_plain(layer):
         variable = layer.kernel
         kept = masks.masked(ops.convert_to_tensor(variable), ops.convert_to_tensor(layer._mask()))
         variable.assign(kept)
+        release(variable)
         keras_internals.forget_weight(layer, layer.kernel_mask)
-        del variable.topology
         del layer.kernel_mask
     layer.__class__ = _PLAIN[type(layer)]
     if isinstance(layer.kernel_initializer, SparseHeNormal):
@@ -474,9 +482,10 @@ def masks_from_zeros(
 ) -> dict[str, float]:
     """Take the topology of an already sparse checkpoint: weights that are 0 become inactive.
 
-    For a model that was pruned elsewhere, or saved without its optimizer. Weights that have no mask
-    yet get one, by the rules of `sparsify`; one that is 0 throughout, and so not trained yet, gets
-    a dense one.
+    For a model that was pruned elsewhere, or saved without its optimizer, and for weights that are
+    sparser than the masks they have. Weights that have no mask yet get one, by the rules of
+    `sparsify`; one that is 0 throughout, and so not trained yet, gets a dense one. A `SparseOpt`
+    that trains the model already takes the masks over.
 
     Args:
         model: Built Keras model.
@@ -505,12 +514,9 @@ def masks_from_zeros(
     ```
     """
     check_built(model)
-    check_not_training(model)
     new = maskable(model, include, exclude)
-    if not new and not sparse_weights(model):
-        raise ValueError(
-            f"Nothing is left to mask in '{model.name}'. Received: exclude={exclude!r}"
-        )
+    if not sparse_weights(model):
+        _check_something(model, new, f"exclude={exclude!r}")
     structures = structures_of(model, new, structure)
     if structure is not None and not isinstance(structure, dict):
         for topology in (variable.topology for variable in sparse_weights(model)):
@@ -543,17 +549,16 @@ def _from_zeros(variable, units):
 
 
 def masked_share(model):
-    """How many of a model's kernel weights have a mask, and what has none.
+    """How many of a model's weights have a mask, of those that could have one.
 
     Returns:
-        Tuple of the masked weights (int), all kernel weights (int; embeddings and other weights
-        that are no kernels are counted only if they have a mask), and the weights of rank ≥ 2
-        without one: list of (path, size, why), largest first.
+        Tuple of the masked weights (int), all weights of rank ≥ 2 but for biases, normalizations
+        and what is frozen without a mask (int), and those without a mask: list of (path, size,
+        why), largest first.
     """
     kernels = kernels_of(model)
-    masked = [k for k in kernels if topology_of(k.variable) is not None]
+    masked = sum(k.size for k in kernels if topology_of(k.variable) is not None)
     dense = [k for k in kernels if topology_of(k.variable) is None]
-    counted = [*masked, *(k for k in dense if k.why_not in ("", "depthwise"))]
     rows = [(k.variable.path, k.size, stays_dense(k) or "excluded") for k in dense]
-    sizes = sum(k.size for k in masked), sum(k.size for k in counted)
-    return *sizes, sorted(rows, key=lambda row: -row[1])
+    total = masked + sum(size for _, size, why in rows if why != "frozen")
+    return masked, total, sorted(rows, key=lambda row: -row[1])

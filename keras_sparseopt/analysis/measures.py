@@ -10,10 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt.backend import host
-from keras_sparseopt.graph import Graph
 from keras_sparseopt.keras_internals import all_layers, functional_of
 from keras_sparseopt.masks import fan_in_axes
-from keras_sparseopt.topology import sparse_layers, sparse_weights
+from keras_sparseopt.models.graph import Graph
+from keras_sparseopt.models.topology import sparse_layers, sparse_weights
 from keras_sparseopt.typing import Array
 
 

@@ -8,9 +8,10 @@ import keras
 from keras import layers as keras_layers
 
 from keras_sparseopt.backend import host
-from keras_sparseopt.conversion import stays_dense
-from keras_sparseopt.graph import Following
-from keras_sparseopt.topology import kernels_of, topology_of
+from keras_sparseopt.models.conversion import masked_share, stays_dense
+from keras_sparseopt.models.graph import Following
+from keras_sparseopt.models.kernels import NO_PRODUCT, kernels_of
+from keras_sparseopt.models.topology import topology_of
 
 
 def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
         active, why, feeds, moved = kernel.size, "", "", 0
         if topology is None:
             why = stays_dense(kernel) or "excluded"
-            if why in ("embedding", "not named kernel"):
+            if why in ("embedding", NO_PRODUCT):
                 continue
         else:
             active, feeds = topology.num_active(), topology.feeds
@@ -100,12 +101,26 @@ def _flops_per_weight(kernel, graph):
     )  # fmt: skip
     if not (plain or transposed or separable):
         return None
-    axes = 1
     if isinstance(layer, keras_layers.EinsumDense):
-        axes = len(kernel.neuron_axes)
-    # A transposed convolution uses its kernel once for every position of its input.
-    positions = graph.positions(layer, axes, of_inputs=transposed)
+        positions = _einsum_positions(layer, graph)
+    else:
+        # A transposed convolution uses its kernel once for every position of its input.
+        positions = graph.positions(layer, of_inputs=transposed)
     return None if positions is None else 2 * positions
+
+
+def _einsum_positions(layer, graph):
+    """How often an example uses each weight: along the axes that the kernel does not have."""
+    given, rest = layer.equation.replace(" ", "").split(",")
+    of_kernel, total = rest.split("->")[0], 0
+    for tensor in graph.inputs(layer):
+        more = len(tensor.shape) - len(given.replace("...", ""))
+        labels = given.replace("...", "." * more)
+        sizes = [n for n, label in zip(tensor.shape[1:], labels[1:]) if label not in of_kernel]
+        if None in sizes:
+            return None
+        total += math.prod(sizes)
+    return total
 
 
 def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
@@ -160,11 +175,17 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
             dense, sparse = (sum(pair) for pair in zip(*flops))
             cost += f", FLOPs {_si(sparse)} of {_si(dense)} ({sparse / dense:.3f}×)"
         text.append(cost)
-    every = sum(row["weights"] for row in rows)
+    masked_weights, every, dense = masked_share(model)
+    parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     if every:
-        share = sum(row["weights"] for row in masked) / every
-        parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-        text.append(f"{share:.1%} of the kernel weights have a mask; trainable: {parameters:,}")
+        text.append(
+            f"{masked_weights / every:.1%} of the {every:,} weights of rank ≥ 2 have a mask; "
+            f"trainable parameters: {parameters:,}"
+        )
+    if dense:
+        told = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:8])
+        more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
+        text.append(f"without a mask: {told}{more}")
     moved = [row["name"] for row in masked if row["moved"]]
     if moved:
         text.append(

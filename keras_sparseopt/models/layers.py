@@ -11,9 +11,10 @@ from keras import ops
 
 from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.checks import check_bool, check_sparsity
-from keras_sparseopt.initializers import SparseHeNormal
+from keras_sparseopt.models.initializers import SparseHeNormal
+from keras_sparseopt.models.kernels import einsum_neuron_axes
+from keras_sparseopt.models.topology import Topology
 from keras_sparseopt.structures import Structure, as_structure, structure_config, units_of
-from keras_sparseopt.topology import Topology, einsum_neuron_axes
 
 # The masked kernels of the layers that are being called in this thread, by layer.
 _calling = threading.local()

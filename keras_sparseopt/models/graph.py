@@ -66,6 +66,10 @@ class Graph:
         """Output tensors of every call of the layer."""
         return self._outputs.get(id(layer), [])
 
+    def inputs(self, layer):
+        """Input tensors of every call of the layer."""
+        return self._inputs.get(id(layer), [])
+
     def normalization_after(self, layer):
         """Class name of the first normalization that the layer's output reaches, or `None`.
 
@@ -96,12 +100,11 @@ class Graph:
                         return operation
         return None
 
-    def positions(self, layer, neuron_axes_of_output=1, of_inputs=False):
+    def positions(self, layer, of_inputs=False):
         """Positions per example: how often each kernel weight is used.
 
         Args:
-            layer: The layer.
-            neuron_axes_of_output: Int, axes that index channels, in Keras' default format.
+            layer: The layer, whose channels are one axis.
             of_inputs: Bool, whether the positions of the input count, not those of the output.
 
         Returns:
@@ -109,9 +112,9 @@ class Graph:
         """
         total = 0
         channels_first = getattr(layer, "data_format", None) == "channels_first"
-        for tensor in self._inputs.get(id(layer), []) if of_inputs else self.outputs(layer):
+        for tensor in self.inputs(layer) if of_inputs else self.outputs(layer):
             sizes = list(tensor.shape[1:])
-            del sizes[0 if channels_first else slice(-neuron_axes_of_output, None)]
+            del sizes[0 if channels_first else -1]
             if None in sizes:
                 return None
             total += math.prod(sizes)
@@ -148,22 +151,15 @@ class Following:
 
 def _call_order(model):
     """The layers in the order of their calls, inner ones first."""
-    shapes = keras_internals.build_shapes(model)
-    functional = functional_of(model)
+    inputs = keras_internals.example_inputs(model)
+    if inputs is None:
+        return keras_internals.all_layers(model)
     try:
         with keras_internals.calls_recorded() as called:
-            if functional is not None:
-                keras_internals.symbolic_call(functional, functional.input)
-            else:
-                named = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
-                tensors = {
-                    name: keras.tree.map_shape_structure(keras.KerasTensor, shape)
-                    for name, shape in named.items()
-                }
-                if list(tensors) == ["input"]:
-                    keras_internals.symbolic_call(model, tensors["input"])
-                else:
-                    keras_internals.symbolic_call(model, **tensors)
+            named = {name: x for name, x in inputs.items() if name is not None}
+            given = [x for name, x in inputs.items() if name is None]
+            function = functional_of(model) or model
+            keras_internals.symbolic_call(function, *given, **named)
     except Exception:  # the model's own code may fail on symbolic inputs in any way
         return keras_internals.all_layers(model)
     return [layer for layer, _ in called]

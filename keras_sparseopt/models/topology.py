@@ -1,140 +1,25 @@
-"""What makes a weight sparse: a mask that hangs on it, and what the axes of each kernel mean."""
+"""What makes a weight sparse: a mask that hangs on it."""
 
 import contextlib
 import fnmatch
 import math
+import warnings
 import weakref
 from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import ops
 
-from keras_sparseopt import keras_internals, masks
-from keras_sparseopt.backend import (
-    IS_TENSORFLOW,
-    are_on_host,
-    colocated_scope,
-    compiled,
-    host,
-    is_traced,
-)
+from keras_sparseopt import backend, keras_internals, masks
+from keras_sparseopt.backend import are_on_host, compiled, host
 from keras_sparseopt.structures import (
     Geometry,
     Unstructured,
     as_structure,
     structure_config,
-    units_of,
 )
 from keras_sparseopt.typing import Variable
-
-# ---------------------------------------------------------------------- axes of kernels
-
-
-class Kernel:
-    """A weight of a layer that can be masked, and what its axes mean.
-
-    Attributes:
-        layer: The layer that made it.
-        variable: Keras variable of rank ≥ 2.
-        neuron_axes: Tuple of ints, the axes that index neurons: output units, or channels.
-        input_axes: Tuple of ints, the axes that index inputs: units, or channels.
-        by_default: Bool, whether `sparsify` masks it without being asked.
-        why_not: String, why not; empty otherwise.
-    """
-
-    def __init__(self, layer, variable, neuron_axes, input_axes, why_not=""):
-        self.layer = layer
-        self.variable = variable
-        self.neuron_axes = neuron_axes
-        self.input_axes = input_axes
-        self.why_not = why_not
-
-    @property
-    def by_default(self):
-        return not self.why_not
-
-    @property
-    def size(self):
-        return math.prod(self.variable.shape)
-
-    def units(self, structure):
-        """`Units` of a structure on this kernel."""
-        shape = tuple(self.variable.shape)
-        return units_of(structure, shape, tuple(self.neuron_axes), tuple(self.input_axes))
-
-    @property
-    def shape(self):
-        """Spatial axes, then all inputs, then all neurons: how ER and ERK see it."""
-        shape, known = self.variable.shape, {*self.neuron_axes, *self.input_axes}
-        spatial = [shape[axis] for axis in range(len(shape)) if axis not in known]
-        inputs = [shape[axis] for axis in self.input_axes if axis not in self.neuron_axes]
-        neurons = [shape[axis] for axis in self.neuron_axes]
-        return (*spatial, math.prod(inputs), math.prod(neurons))
-
-
-_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-_NEVER = (
-    layers.BatchNormalization,
-    layers.LayerNormalization,
-    layers.GroupNormalization,
-    layers.RMSNormalization,
-    layers.UnitNormalization,
-    layers.SpectralNormalization,
-    layers.Normalization,
-    layers.PReLU,
-)
-
-
-def kernels_of(model):
-    """The weights of a model that can be masked, each once, in the model's order.
-
-    Args:
-        model: Any Keras model or layer.
-
-    Returns:
-        List of `Kernel`.
-    """
-    found: dict[int, Kernel] = {}
-    for layer in keras_internals.all_layers(model):
-        for variable in keras_internals.own_weights(layer):
-            kernel = _kernel(layer, variable)
-            if kernel is not None:
-                found.setdefault(id(variable), kernel)
-    order = {id(variable): i for i, variable in enumerate(model.weights)}
-    return sorted(found.values(), key=lambda kernel: order.get(id(kernel.variable), len(order)))
-
-
-def _kernel(layer, variable):
-    rank, name = len(variable.shape), variable.name
-    is_float = "float" in keras.backend.standardize_dtype(variable.dtype)
-    if rank < 2 or not is_float or isinstance(layer, _NEVER) or "bias" in name:
-        return None
-    last, before = rank - 1, rank - 2
-    if isinstance(layer, layers.EinsumDense) and name == "kernel":
-        neurons = einsum_neuron_axes(layer.equation)
-        return Kernel(layer, variable, neurons, masks.fan_in_axes(rank, neurons))
-    if isinstance(layer, _TRANSPOSED) and name == "kernel":
-        return Kernel(layer, variable, (before,), (last,))
-    if isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel":
-        return Kernel(layer, variable, (before, last), (before,), "depthwise")
-    if isinstance(layer, _CONVOLUTIONS) and layer.groups > 1 and variable.shape[before] == 1:
-        return Kernel(layer, variable, (last,), (before,), "depthwise")
-    if isinstance(layer, layers.Embedding) or "embedding" in name:
-        return Kernel(layer, variable, (last,), (before,), "embedding")
-    if "kernel" in name and not name.startswith("lora_"):
-        return Kernel(layer, variable, (last,), (before,))
-    return Kernel(layer, variable, (last,), (before,), "not named kernel")
-
-
-def einsum_neuron_axes(equation):
-    """The kernel axes of an einsum `"input,kernel->output"` that appear in its output."""
-    operands, output = equation.replace("...", "").replace(" ", "").split("->")
-    labels = operands.split(",")[1]
-    return tuple(axis for axis, label in enumerate(labels) if label in output)
-
 
 # ---------------------------------------------------------------------- the mask
 
@@ -148,6 +33,11 @@ class Topology:
     Weights win: where an attached mask's weight is assigned from outside (`load_weights`,
     `set_weights`, `EarlyStopping`), its nonzero weights become the active ones, filled up to
     their number with positions that were active.
+
+    A mask is never a placeholder: one that only a config has announced (of a clone, of a file that
+    is being read) is *open*. It is filled by the file's, else by the zeros of the weight, when
+    these are assigned or when it is first needed; if that is not possible, whoever needs it gets
+    an error.
 
     Attributes:
         variable: Keras variable, the weight.
@@ -167,10 +57,10 @@ class Topology:
 
     def __init__(
         self, variable, mask, neuron_axes, input_axes, skew_correction, name, feeds="",
-        structure=None, is_attached=True,
+        structure=None, is_attached=True, announced=None,
     ):  # fmt: skip
         self.variable = variable
-        self.mask = mask
+        self.mask_variable = mask
         self.neuron_axes = tuple(neuron_axes)
         self.input_axes = tuple(input_axes)
         self.skew_correction = skew_correction
@@ -178,40 +68,89 @@ class Topology:
         self.feeds = feeds
         self.structure = structure or Unstructured()
         self.is_attached = is_attached
-        # Whether JAX has compiled the mask into another optimizer's step, as a constant.
+        # Whether a compiled step holds the mask as a constant, under another optimizer.
         self.is_compiled_in = False
-        self._models: list = []
-        self._optimizers: list = []
-        self._is_quiet = False
+        # The share of active weights that a config tells of a mask that is open; else `None`.
+        self._announced = announced
+        # Whether the weight was assigned since its mask was announced.
+        self.weights_came = False
+        # How many are moving weight and mask together just now. A count, because the replicas of
+        # MirroredStrategy take turns within.
+        self._moving = 0
 
-    # ------------------------------------------------------------------ who trains it
+    @property
+    def mask(self):
+        self.fill()
+        if self.is_open:
+            raise ValueError(
+                f"The mask of '{self.name}' is not known: its model was made from a config, and "
+                "its weights hold no zeros to take the mask from. Give it the weights of the "
+                "trained model (`set_weights`, `load_weights`); or, to train it from the start, "
+                "call keras_sparseopt.strip(model), then keras_sparseopt.sparsify(model, sparsity)."
+            )
+        return self.mask_variable
 
     @property
     def optimizers(self):
         """The `SparseOpt`s that were built with this weight."""
-        alive = [reference() for reference in self._optimizers]
-        return [optimizer for optimizer in alive if optimizer is not None]
+        return [
+            optimizer
+            for optimizer in trainers_of(self.variable)
+            if optimizer.trains_sparse(self.variable)
+        ]
 
-    def join(self, optimizer):
-        """A `SparseOpt` says that it trains the weight."""
-        self._optimizers = [weakref.ref(o) for o in self.optimizers]
-        self._optimizers.append(weakref.ref(optimizer))
+    # ------------------------------------------------------------------ a mask that is open
 
-    def belong_to(self, model):
-        """The weight is one of a model's."""
-        self._models.append(weakref.ref(model))
+    @property
+    def is_open(self):
+        """Whether nothing has filled the mask yet."""
+        return self._announced is not None
 
-    # ------------------------------------------------------------------ changing it
+    def fill(self):
+        """Fill a mask that is open from the zeros of the weight, if it has such."""
+        if not self.is_open or keras_internals.in_stateless_scope():
+            return
+        with backend.init_scope():
+            if keras_internals.is_absent(self.variable):
+                return
+            if not backend.is_initialized(self.variable):
+                return
+            mask = self._mask_from(self.variable)
+            if mask is not None:
+                self.take(mask)
+
+    def _mask_from(self, weight):
+        """The mask that the zeros of a weight tell, `None` if they tell nothing."""
+        if not backend.is_whole(self.variable):
+            nonzero = ops.not_equal(ops.convert_to_tensor(weight), 0)
+            share = float(host(_count(nonzero))) / math.prod(self.variable.shape)
+            is_told = 0 < share < 1 or share == self._announced
+            return nonzero if is_told and self.structure == Unstructured() else None
+        weight = host(weight)
+        nonzero = weight != 0
+        if not looks_trained_sparse(weight, nonzero):
+            return np.ones_like(nonzero) if self._announced == 1 else None
+        try:
+            return self.units.smallest(nonzero)
+        except ValueError:  # in the middle of pruning, zeros may lie anywhere
+            return None
+
+    def take(self, mask):
+        """A first mask: what is active now is what it was given."""
+        self._announced = None
+        self.replace_mask(mask, is_first=True)
+
+    # ------------------------------------------------------------------ what it is
 
     def num_active(self):
         """How many weights are active: int."""
-        if self._is_on_host():
+        if self.is_on_host():
             return int(np.count_nonzero(host(self.mask)))
         return int(host(_count(ops.convert_to_tensor(self.mask))))
 
     def num_active_units(self):
         """How many units of its structure are active: int."""
-        if self._is_on_host():
+        if self.is_on_host():
             return int(self.units.num_active(host(self.mask)))
         return int(host(self.units.num_active_compiled(ops.convert_to_tensor(self.mask))))
 
@@ -240,7 +179,8 @@ class Topology:
 
     def get_config(self):
         """What a file says of the mask, beside its values: dict of JSON."""
-        return {
+        config = {
+            "path": self.variable.path,
             "shape": list(self.variable.shape),
             "neuron_axes": list(self.neuron_axes),
             "input_axes": list(self.input_axes),
@@ -249,6 +189,12 @@ class Topology:
             "feeds": self.feeds,
             "structure": structure_config(self.structure),
         }
+        self.fill()
+        if self.is_open:
+            return {**config, "density": self._announced}
+        if keras_internals.is_absent(self.mask_variable):
+            return {**config, "density": 0.0}
+        return {**config, "density": self.num_active() / math.prod(self.variable.shape)}
 
     @property
     def sparsity(self):
@@ -266,8 +212,18 @@ class Topology:
         """`Units`: the mask's structure on this kernel."""
         return self.geometry.units(self.variable.shape)
 
-    def _is_on_host(self):
-        return are_on_host([self.variable, self.mask])
+    def is_on_host(self):
+        """Whether weight and mask lie in this process' memory."""
+        return are_on_host([self.variable, self.mask_variable])
+
+    def moved_weights(self):
+        """How many inactive weights are not 0: what something other than SparseOpt has moved."""
+        if self.is_on_host():
+            return int(np.count_nonzero((host(self.variable) != 0) & ~host(self.mask)))
+        weight, mask = ops.convert_to_tensor(self.variable), ops.convert_to_tensor(self.mask)
+        return int(host(_count_moved(weight, mask)))
+
+    # ------------------------------------------------------------------ changing it
 
     def change(self, mask, grown=None):
         """Mask, weight and all slots move together.
@@ -279,37 +235,44 @@ class Topology:
         """
         weight = ops.convert_to_tensor(self.variable)
         grown = None if grown is None else ops.convert_to_tensor(grown)
-        if self._is_on_host():
-            survives = mask & host(self.mask)
+        old = mask if self.is_open else self.mask
+        if self.is_on_host():
+            survives = mask & host(old)
             grows = None if grown is None else ops.convert_to_tensor(mask & ~survives)
             weight = masks.moved(weight, ops.convert_to_tensor(survives), grows, grown)
         else:
-            old, new = map(ops.convert_to_tensor, (self.mask, mask))
+            old, new = map(ops.convert_to_tensor, (old, mask))
             weight = _moved(weight, old, new, grown)
-        with self.quiet():
+        with self.moving():
             self.variable.assign(weight)
         self.replace_mask(mask)
 
-    def replace_mask(self, mask):
+    def replace_mask(self, mask, is_first=False):
         """A new mask for a weight that is 0 where it is inactive; optimizers follow."""
-        with self.quiet():
+        self._announced = None
+        with self.moving():
             # Copied: JAX may use NumPy's memory as it is, and cannot donate a buffer twice.
-            self.mask.assign(np.array(mask) if isinstance(mask, np.ndarray) else mask)
+            self.mask_variable.assign(np.array(mask) if isinstance(mask, np.ndarray) else mask)
         for optimizer in self.optimizers:
             optimizer.follow(self)
+            if is_first:
+                optimizer.set_budget(self)
         if self.is_compiled_in:
             self.is_compiled_in = False
-            for model in filter(None, (reference() for reference in self._models)):
-                model.train_function = None  # to be compiled anew
+            forget_steps([self.variable])
 
     @contextlib.contextmanager
-    def quiet(self):
-        """While what is assigned fits already."""
-        was, self._is_quiet = self._is_quiet, True
+    def moving(self):
+        """While what is assigned fits already, and whoever assigns it keeps the zeros."""
+        self._moving += 1
         try:
             yield
         finally:
-            self._is_quiet = was
+            self._moving -= 1
+
+    @property
+    def is_moving(self):
+        return self._moving > 0
 
     def before_assign(self, variable, value):
         """What to do once `value` is assigned to the weight or the mask; `None` for nothing.
@@ -318,27 +281,33 @@ class Topology:
             ValueError: If a weight with an attached mask would have more nonzero values than the
                 mask has active ones. Nothing has changed then.
         """
-        if self._is_quiet or is_traced(value) or keras_internals.in_stateless_scope():
+        if self.is_moving or backend.is_traced(value) or keras_internals.in_stateless_scope():
             return None
-        if keras_internals.is_absent(self.mask) or keras_internals.is_absent(self.variable):
+        if any(map(keras_internals.is_absent, (self.mask_variable, self.variable))):
             return None  # JAX's `fit` brings its state back
-        if variable is self.mask:
-            if self._is_on_host():
+        if variable is self.mask_variable:
+            if self.is_on_host():
                 self.check_mask(value)
             return self._after_mask
         if not self.is_attached:
             return None
-        mask = self._fitting(value)
-        return None if mask is None else lambda: self.replace_mask(mask)
+        self.weights_came |= self.is_open
+        if self.is_open:
+            mask = self._mask_from(value)
+        else:
+            mask = self._fitting(value)
+            self._warn_of_zeros(value)
+        return None if mask is None else lambda: self.replace_mask(mask, is_first=self.is_open)
 
     def _after_mask(self):
+        self._announced = None
         for optimizer in self.optimizers:
             optimizer.follow(self)
 
     def _fitting(self, weight):
         """The mask that nonzero weights want, `None` if they fit the present one."""
-        mask, weight = ops.convert_to_tensor(self.mask), ops.convert_to_tensor(weight)
-        if self._is_on_host():
+        mask, weight = ops.convert_to_tensor(self.mask_variable), ops.convert_to_tensor(weight)
+        if self.is_on_host():
             outside, wanted, active, new = self.units.fit(host(weight), host(mask))
         else:
             outside, wanted, active, new = self.units.fit_compiled(weight, mask)
@@ -356,18 +325,51 @@ class Topology:
             )
         return new if outside else None
 
+    def _warn_of_zeros(self, weight):
+        """Where weights arrive that are much sparser than their mask: what training would fill."""
+        size = math.prod(self.variable.shape)
+        if self.is_on_host():
+            nonzero, active = (int(np.count_nonzero(host(x))) for x in (weight, self.mask_variable))
+        else:
+            nonzero, active = (
+                int(host(ops.count_nonzero(ops.convert_to_tensor(x))))
+                for x in (weight, self.mask_variable)
+            )
+        few = 0.9 * size if active == size else 0.5 * active
+        if 0 < nonzero < few:
+            warnings.warn(
+                f"The weights that '{self.name}' was given are sparser than its mask: {nonzero:,} "
+                f"are not 0, {active:,} are active, and training will fill the others. To take the "
+                "topology of these weights call keras_sparseopt.masks_from_zeros(model).",
+                stacklevel=4,
+            )
+
+    def warn_of_lora(self):
+        """Where Keras' `enable_lora` is called on the layer of the weight."""
+        warnings.warn(
+            f"LoRA on the sparse weight '{self.name}' is dense: what it adds is in no mask, and "
+            "Keras saves the sum of both, so that a file holds a dense kernel. The mask of this "
+            "weight is not saved while it is frozen.",
+            stacklevel=4,
+        )
+
     def settle(self):
         """Weights win, also where an assignment went past the variable (`tf.train.Checkpoint`)."""
-        mask = self._fitting(self.variable) if self.is_attached else None
-        if mask is not None:
-            self.replace_mask(mask)
+        self.fill()
+        if self.is_attached and not self.is_open:
+            mask = self._fitting(self.variable)
+            if mask is not None:
+                self.replace_mask(mask)
 
-    def moved_weights(self):
-        """How many inactive weights are not 0: what something other than SparseOpt has moved."""
-        if self._is_on_host():
-            return int(np.count_nonzero((host(self.variable) != 0) & ~host(self.mask)))
-        weight, mask = ops.convert_to_tensor(self.variable), ops.convert_to_tensor(self.mask)
-        return int(host(_count_moved(weight, mask)))
+
+def looks_trained_sparse(weight, nonzero=None):
+    """Whether a weight (NumPy array) has zeros that training has left, not an initializer.
+
+    What an initializer leaves (zeros, an identity) has one value at most beside 0.
+    """
+    nonzero = weight != 0 if nonzero is None else nonzero
+    values = weight[nonzero]
+    return 0 < values.size < weight.size and bool((values != values[0]).any())
 
 
 @compiled
@@ -387,7 +389,8 @@ def _moved(weight, old, new, grown):
 class KeepZeros(keras.constraints.Constraint):
     """Holds an attached mask under an optimizer that knows nothing of it.
 
-    Keras applies it after each of the optimizer's steps; `SparseOpt` needs it not and takes it off.
+    Keras applies it after each of the optimizer's steps. While a `SparseOpt` steps, which keeps
+    zeros by itself, it only applies the weight's own constraint.
 
     Args:
         topology: `Topology` of the weight.
@@ -400,53 +403,77 @@ class KeepZeros(keras.constraints.Constraint):
 
     def __call__(self, w):
         w = ops.convert_to_tensor(w)
-        self.topology.is_compiled_in |= not IS_TENSORFLOW and is_traced(w)
         if self.constraint is not None:
             w = self.constraint(w)
-        return masks.masked(w, ops.convert_to_tensor(self.topology.mask))
+        if self.topology.is_moving:
+            return w
+        mask = self.topology.mask
+        self.topology.is_compiled_in |= not backend.STEPS_SHARE_VARIABLES and backend.is_traced(w)
+        return masks.masked(w, ops.convert_to_tensor(mask))
 
     def get_config(self):
         raise ValueError("KeepZeros belongs to a weight with a mask, and is not saved.")
 
 
+# ---------------------------------------------------------------------- hanging it on weights
+
+
 def attach(
-    variable, mask, neuron_axes, input_axes, skew_correction, name, feeds="",
-    structure=None,
+    variable, mask, neuron_axes, input_axes, skew_correction, name, feeds="", structure=None,
+    announced=None,
 ):  # fmt: skip
     """Hang a mask on a weight, which stays as it is: the caller sees that zeros are zeros.
+
+    The optimizers that train the weight already take part from now on. Steps that were compiled
+    without the mask do not know of it: `forget_steps`.
 
     Args:
         variable: Keras variable.
         mask: NumPy bool array of its shape.
         neuron_axes, input_axes, skew_correction, name, feeds, structure: As in `Topology`.
+        announced: Float for a mask that is open: the share of active weights that it will have.
     """
-    with colocated_scope(variable.value):
+    with backend.colocated_scope(variable.value):
         mask = keras.Variable(
             initializer=np.array(mask), dtype="bool", trainable=False, autocast=False,
-            aggregation="only_first_replica", name=f"{name.replace('/', '_')}_mask",
+            aggregation="only_first_replica", name=f"{variable.path.replace('/', '_')}_mask",
         )  # fmt: skip
     keras_internals.follow_layout(mask, of=variable)
     topology = Topology(
-        variable, mask, neuron_axes, input_axes, skew_correction, name, feeds, structure
-    )
+        variable, mask, neuron_axes, input_axes, skew_correction, name, feeds, structure,
+        announced=announced,
+    )  # fmt: skip
     variable.topology = topology
+    variable.was_stripped = False
     variable.constraint = KeepZeros(topology, variable.constraint)
     keras_internals.tell(variable)
+    for optimizer in trainers_of(variable):
+        optimizer.adopt(variable)
     return topology
 
 
-def attach_saved(variable, mask, config):
-    """Hang a mask on a weight, as `Topology.get_config` has written it."""
+def attach_saved(variable, config):
+    """Hang an open mask on a weight, as `Topology.get_config` has written it."""
     known = "neuron_axes", "input_axes", "skew_correction", "name", "feeds"
     structure = as_structure(config.get("structure"))
-    return attach(variable, mask, **{key: config[key] for key in known}, structure=structure)
+    return attach(
+        variable, np.ones(variable.shape, bool), **{key: config[key] for key in known},
+        structure=structure, announced=config["density"],
+    )  # fmt: skip
+
+
+def release(variable):
+    """Take a weight's topology away, from its optimizers too."""
+    for optimizer in trainers_of(variable):
+        optimizer.forget(variable)
+    del variable.topology
 
 
 def detach(variable):
     """Let go of an attached mask."""
     keras_internals.tell_no_more(variable)
     variable.constraint = own_constraint(variable)
-    del variable.topology
+    release(variable)
 
 
 def own_constraint(variable):
@@ -458,6 +485,23 @@ def own_constraint(variable):
 def topology_of(variable):
     """The `Topology` of a weight, or `None`."""
     return getattr(variable, "topology", None)
+
+
+def trainers_of(variable):
+    """The `SparseOpt`s that were built with a variable, sparse or not."""
+    found = [reference() for reference in getattr(variable, "trainers", ())]
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def is_trained_by(variable, optimizer):
+    """A `SparseOpt` says that it was built with a variable."""
+    variable.trainers = [weakref.ref(o) for o in (*trainers_of(variable), optimizer)]
+
+
+def forget_steps(variables):
+    """Let models compile their train steps anew: what these know of variables has changed."""
+    for model in keras_internals.models_with_steps(variables):
+        model.train_function = None
 
 
 # ---------------------------------------------------------------------- finding them
@@ -484,7 +528,7 @@ def sparse_weights(model: keras.layers.Layer) -> list[Variable]:
     assert names == ["lstm/lstm_cell", "lstm/lstm_cell/recurrent_kernel"]
     ```
     """
-    return [v for v in model.weights if topology_of(v) is not None and v is not v.topology.mask]
+    return [v for v in model.weights if topology_of(v) is not None and v is v.topology.variable]
 
 
 def sparse_layers(model: keras.layers.Layer) -> list[Any]:

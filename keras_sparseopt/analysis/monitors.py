@@ -3,21 +3,25 @@
 import json
 import math
 import pathlib
-from typing import Any, Unpack
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from keras_sparseopt import analysis, keras_internals
+from keras_sparseopt import backend, keras_internals
+from keras_sparseopt.analysis import measures
 from keras_sparseopt.backend import host
-from keras_sparseopt.callbacks import NO_GRADIENT, DynamicSparseTraining
-from keras_sparseopt.devices import worker_index
-from keras_sparseopt.optimizers.sparse_opt import UNWRITTEN
-from keras_sparseopt.typing import Path, SeededSchedule
+from keras_sparseopt.checks import check_int
+from keras_sparseopt.files import write_aside
+from keras_sparseopt.methods.base import NO_GRADIENT
+from keras_sparseopt.methods.steps import StepCallback
+from keras_sparseopt.optimizers.moving import is_gradient
+from keras_sparseopt.typing import Path
 
 LOG_FILE = "gradient_flow.jsonl"
 
 
-class GradientFlow(DynamicSparseTraining):
+class GradientFlow(StepCallback):
     """Logs gradient flow and gradient skew of the sparse layers, without a second backward pass.
 
     ```
@@ -45,7 +49,7 @@ class GradientFlow(DynamicSparseTraining):
             scalars, by layer too, and histograms of fan-in, fan-out and amplification. One folder
             per training and callback; a training that starts at step 0 begins the file anew. Needs
             TensorFlow, on every backend.
-        **schedule: `layers`, `optimizer`, see `DynamicSparseTraining`.
+        layers, optimizer: As in `DynamicSparseTraining`.
 
     Attributes:
         history: List of dicts with `step`, the four measures above, and `layers`: dicts with
@@ -77,55 +81,46 @@ class GradientFlow(DynamicSparseTraining):
         Tessera, Hooker, Rosman, "Keep the Gradients Flowing", 2021, arXiv 2102.01670.
     """
 
-    uses_gradient = True
+    interval = "every"
 
     def __init__(
         self,
         every: int = 100,
         p: int = 2,
         log_dir: Path | None = None,
-        **schedule: Unpack[SeededSchedule],
+        layers: Sequence[str] | None = None,
+        optimizer: str | None = None,
     ) -> None:
-        super().__init__(update_every=every, drop_fraction=0.0, end_step=1, **schedule)
-        analysis.check_p(p)
+        check_int("every", every, 1)
+        measures.check_p(p)
+        super().__init__(int(every), 0, math.inf, layers, optimizer)
+        self.every = int(every)
         self.p = p
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.history: list[dict] = []
         self._sink: _Sink | None = None
         self._last_masks: dict[int, np.ndarray] = {}
-        self._start = 0
+        self._measured: dict = {}
         if self.log_dir is not None:
             _tensorflow()
             self.log_dir.mkdir(parents=True, exist_ok=True)  # now: others may log there, too
 
-    def begin(self, optimizer: Any, total_steps: float | None = None) -> bool:
+    def lease(self, optimizer: Any) -> Any:
         self.history, self._last_masks, self._sink = [], {}, None
-        self._measured: dict = {}
-        changed = super().begin(optimizer, total_steps)
-        self._start = self._step
-        return changed
-
-    def _settle(self):
-        super()._settle()
-        self._start = self._step  # where this training goes on from
-
-    def is_due(self) -> bool:
-        return True
-
-    def is_over(self) -> bool:
-        return False
+        self._measured = {}
+        return optimizer.lease_gradients()
 
     def read_logs(self) -> dict[str, float]:
         return dict(self._measured)  # the method logs the rest
 
-    def update_masks(self) -> None:
+    def act(self) -> None:
         """Measure, and change nothing."""
         gradients, layers = [], []
-        weights = self._weights()
-        names = analysis.unique_names([weight.topology.name for weight in weights])
+        weights = self.weights()
+        names = measures.unique_names([weight.topology.name for weight in weights])
         for name, weight in zip(names, weights):
-            gradient = host(self._lease.gradient(weight.variable))
-            if (gradient == UNWRITTEN).all():  # no loss depends on this layer
+            gradient = host(self.gradient_of(weight))
+            if not is_gradient(gradient):  # no loss depends on this layer
                 continue
             mask = host(weight.topology.mask)
             gradients.append(gradient)
@@ -136,24 +131,24 @@ class GradientFlow(DynamicSparseTraining):
         jumps = [abs(v["angle_jump"]) for v in corrected if v["angle_jump"] is not None]
         measured = {
             "effective_gradient_flow": _mean([v["effective_gradient_flow"] for v in layers]),
-            "gradient_flow": analysis.gradient_flow(gradients, self.p),
+            "gradient_flow": measures.gradient_flow(gradients, self.p),
             "skew_angle": _mean([layer["angle"] for layer in corrected]),
             "skew_jump": _mean(jumps) if jumps or not corrected else None,
         }
         self._measured = {k: math.nan if v is None else v for k, v in measured.items()}
         if self.log_dir is not None and self._sink is None and self._is_first_worker():
             self._sink = _Sink(self.log_dir)
-            self.history = self._sink.continue_from(self._start)
-        self.history.append({"step": self._step, **measured, "layers": layers})
+            self.history = self._sink.continue_from(self._run.first_step)
+        self.history.append({"step": self.current_step, **measured, "layers": layers})
         if self._sink is not None:
             topologies = [weight.topology for weight in weights]
             self._sink.write(self.history[-1], names, topologies, self.optimizer.itop_rate())
 
     def _measure(self, weight, gradient, mask):
         topology = weight.topology
-        skew = analysis.gradient_skew(mask, gradient, topology.neuron_axes)
+        skew = measures.gradient_skew(mask, gradient, topology.neuron_axes)
         layer = {
-            "effective_gradient_flow": analysis.effective_gradient_flow([gradient], [mask], self.p),
+            "effective_gradient_flow": measures.effective_gradient_flow([gradient], [mask], self.p),
             "angle": skew["angle"],
             "spread": skew["spread"],
             "angle_jump": None,
@@ -163,16 +158,16 @@ class GradientFlow(DynamicSparseTraining):
         }
         last = self._last_masks.get(weight.index)
         if last is not None:
-            before = analysis.gradient_skew(last, gradient, topology.neuron_axes)
+            before = measures.gradient_skew(last, gradient, topology.neuron_axes)
             layer["angle_jump"] = skew["angle"] - before["angle"]
             layer["spread_jump"] = skew["spread"] - before["spread"]
-            layer["churn"] = 1.0 - analysis.mask_overlap([last], [mask])["total"]
+            layer["churn"] = 1.0 - measures.mask_overlap([last], [mask])["total"]
         self._last_masks[weight.index] = mask.copy()
         return layer
 
     def _is_first_worker(self):
         model = keras_internals.model_of(self)
-        return model is None or worker_index(model) == 0
+        return model is None or backend.worker_index(model) == 0
 
 
 def _mean(values):
@@ -200,7 +195,8 @@ class _Sink:
     def continue_from(self, step):
         """What had been measured up to the step that a training goes on from; the rest goes."""
         entries = [entry for entry in read_log(self.path) if entry["step"] <= step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        write_aside(self.path, lambda file: file.write(text.encode()))
         return entries
 
     def write(self, entry, names, topologies, itop_rate):
@@ -217,8 +213,8 @@ class _Sink:
                     if name not in ("name", "corrected") and value is not None:
                         summary.scalar(f"{name}/{layer['name']}", value)
             for name, topology in zip(names, topologies):
-                into, out = analysis.fan_in_and_out(topology)
-                skew = analysis.gradient_skew(topology.mask, neuron_axes=topology.neuron_axes)
+                into, out = measures.fan_in_and_out(topology)
+                skew = measures.gradient_skew(topology.mask, neuron_axes=topology.neuron_axes)
                 amplification = skew["amplification"]
                 summary.scalar(f"sparsity/{name}", 1 - host(topology.mask).mean())
                 summary.histogram(f"fan_in/{name}", into)

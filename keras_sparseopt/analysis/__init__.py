@@ -1,0 +1,1 @@
+"""Measures of sparse networks: of arrays, while training, and as a page."""

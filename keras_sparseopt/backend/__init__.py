@@ -1,0 +1,35 @@
+"""What belongs to a backend of Keras: the same functions in one file for each, by capability.
+
+| what is asked | by |
+|---|---|
+| is a computation recorded or run, where do arrays lie | `is_traced`, `init_scope`, `is_initialized`, `is_single_replica`, `are_on_host`, `is_whole` |
+| how is a function compiled, what may it donate | `compiled`, `WAYS_TO_COMPILE`, `freed`, `gradient_function` |
+| does a compiled step share variables, or know those of its state only | `STEPS_SHARE_VARIABLES`, `Tap` |
+| what do a model's operations do with its weights | `products_of` |
+| which devices are there, what can train on them, what do they hold | `resolve`, `check_…`, `needs_own_loop`, `fit_in_own_loop`, `worker_index`, `colocated_scope`, `strategy_scope`, `copies_of_shards`, `of_all_workers`, `share_statistics`, `summed_over_replicas` |
+
+No other module asks which backend it is. `tests/test_backend.py` checks that the files offer the
+same names.
+"""  # noqa: E501
+
+import importlib
+from typing import Any
+
+import keras
+
+from keras_sparseopt.backend.common import Devices, host
+
+__all__ = ["NAME", "Devices", "host"]
+
+NAME = keras.backend.backend()
+if NAME not in ("tensorflow", "jax"):
+    raise ImportError(
+        "keras_sparseopt runs on the TensorFlow and JAX backends of Keras. Received: "
+        f"KERAS_BACKEND={NAME}. Set KERAS_BACKEND before importing keras."
+    )
+
+_here = importlib.import_module(f"keras_sparseopt.backend.{NAME}")
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_here, name)

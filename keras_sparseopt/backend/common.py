@@ -1,0 +1,195 @@
+"""What the files of all backends use."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of one training, as `resolve_strategy` returns them.
+
+    Attributes:
+        name: String, one of the names that `resolve_strategy` takes.
+        strategy: `tf.distribute.Strategy`, `keras.distribution.Distribution`, or `None`.
+        num_workers: Int, processes that train together.
+        worker: Int, index of this process; 0 writes the files.
+        num_replicas: Int, devices of all processes that share the global batch.
+        scope: Function without arguments: the context manager in which the model and its optimizer
+            are created.
+    """
+
+    name: str
+    strategy: Any
+    num_workers: int
+    worker: int
+    num_replicas: int
+    scope: Callable[[], Any] = contextlib.nullcontext
+
+
+def host(x):
+    """`x` as a NumPy array, for reading: without a copy where the backend's memory allows."""
+    if isinstance(x, np.ndarray):
+        return x
+    x = ops.convert_to_tensor(x)
+    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
+        x = ops.cast(x, "float32")
+    return np.asarray(x)
+
+
+def gradient_function_by(value_and_gradients, compiled, function, variables, of_norm):
+    """`gradient_function` of a backend, from how it differentiates and compiles."""
+
+    def at(values):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+            return function()
+
+    def half_squared_norm(values):
+        return sum(ops.sum(ops.square(g)) for g in value_and_gradients(at, values)[1]) / 2
+
+    @compiled
+    def gradients(values):
+        return value_and_gradients(half_squared_norm if of_norm else at, values)
+
+    def on_host(values):
+        value, found = gradients([ops.convert_to_tensor(v) for v in values])
+        return float(host(value)), [host(gradient) for gradient in found]
+
+    return on_host
+
+
+# ---------------------------------------------------------------------- where weights multiply
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """An array that is a variable, perhaps cast, reshaped or transposed.
+
+    Attributes:
+        variable: Int, its position in the list.
+        axes: Tuple, for each axis of the array the frozenset of the variable's axes that it holds.
+    """
+
+    variable: int
+    axes: tuple
+
+    @classmethod
+    def of(cls, variable, rank):
+        return cls(variable, tuple(frozenset([axis]) for axis in range(rank)))
+
+    def picked(self, axes):
+        """With these axes only; `None` for a new one."""
+        return Trace(self.variable, tuple(frozenset() if a is None else self.axes[a] for a in axes))
+
+    def reshaped(self, shape, new_shape):
+        """As the axes of `shape` are merged and split to those of `new_shape`."""
+        if len(shape) != len(self.axes):
+            return None
+        axes: list = []
+        i = j = 0
+        while j < len(new_shape):
+            if new_shape[j] == 1 and not (i < len(shape) and shape[i] == 1):
+                axes.append(frozenset())
+                j += 1
+                continue
+            if i >= len(shape):
+                return None
+            held, size, first = set(self.axes[i]), shape[i], j
+            target = new_shape[j]
+            i, j = i + 1, j + 1
+            while size != target:
+                if size < target:
+                    if i >= len(shape):
+                        return None
+                    held |= self.axes[i]
+                    size, i = size * shape[i], i + 1
+                else:
+                    if j >= len(new_shape):
+                        return None
+                    target, j = target * new_shape[j], j + 1
+            axes += [frozenset(held)] * (j - first)
+        return Trace(self.variable, tuple(axes))
+
+    def union(self, axes):
+        return frozenset().union(*(self.axes[axis] for axis in axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Where a variable enters a matrix product, an einsum or a convolution.
+
+    Attributes:
+        variable: Int, its position in the list.
+        input_axes: Tuple of ints, the axes of the variable that are summed over (of a convolution:
+            the input channels).
+        neuron_axes: Tuple of ints, those that stay, or that the product goes along.
+    """
+
+    variable: int
+    input_axes: tuple
+    neuron_axes: tuple
+
+    @classmethod
+    def of(cls, trace, summed, staying):
+        neurons = trace.union(staying)
+        inputs = trace.union(summed) - neurons
+        return cls(trace.variable, tuple(sorted(inputs)), tuple(sorted(neurons)))
+
+
+def example_shape(shape, batch=3, other=8):
+    """A shape without unknown sizes."""
+    known = [other if size is None else size for size in shape]
+    if known and shape[0] is None:
+        known[0] = batch
+    return tuple(known)
+
+
+class Products:
+    """Collects `Product`s while the operations of a traced call are read in order.
+
+    Of each array it is known where it comes from: `"data"`, if the call's inputs are in it, else
+    the list of its `Trace`s, empty for what is no variable.
+
+    Args:
+        variables: List of the shapes of the variables.
+    """
+
+    def __init__(self):
+        self.found: list[Product] = []
+
+    def product(self, operands, sides):
+        """An operation that multiplies two arrays.
+
+        Args:
+            operands: Two origins.
+            sides: For each, a tuple of its summed axes and of those that stay.
+        """
+        for (mine, other), (summed, staying) in zip((operands, operands[::-1]), sides):
+            if mine != "data" and other == "data":
+                self.found += [Product.of(trace, summed, staying) for trace in mine]
+        return self.mixed(operands)
+
+    @staticmethod
+    def mixed(operands):
+        """The origin of what any other operation makes."""
+        return "data" if any(origin == "data" for origin in operands) else []
+
+    @staticmethod
+    def kept(operands, ranks, rank):
+        """The origin of what an operation makes that works element by element."""
+        if any(origin == "data" for origin in operands):
+            return "data"
+        return [trace for origin, own in zip(operands, ranks) if own == rank for trace in origin]
+
+    @staticmethod
+    def changed(origin, change):
+        """The origin of an array whose axes were moved."""
+        if origin == "data":
+            return "data"
+        traces = [change(trace) for trace in origin]
+        return [trace for trace in traces if trace is not None]

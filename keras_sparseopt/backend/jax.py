@@ -1,0 +1,356 @@
+"""What belongs to JAX."""
+
+import contextlib
+import os
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparseopt import keras_internals
+from keras_sparseopt.backend.common import (
+    Devices,
+    Products,
+    Trace,
+    example_shape,
+    gradient_function_by,
+)
+
+STEPS_SHARE_VARIABLES = False
+WAYS_TO_COMPILE = (True,)
+
+
+def is_traced(*arrays):
+    """Whether a computation on these arrays is being recorded, not run."""
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def init_scope():
+    """Eager execution, also when called while a function is being traced."""
+    return contextlib.nullcontext()
+
+
+def is_initialized(variable):
+    """Whether a variable has a value yet."""
+    return True
+
+
+def is_single_replica():
+    """Whether variables may be made and read here: always, a step is one for all devices."""
+    return True
+
+
+def tensor_of(variable):
+    """The value of a Keras variable."""
+    return variable.value
+
+
+def are_on_host(variables):
+    """Whether all the variables lie whole in this process, on CPU devices."""
+    return all(_is_on_host(variable.value) for variable in variables)
+
+
+def is_whole(variable):
+    """Whether all of a variable's value can be read in this process, wherever it lies."""
+    return variable.value.is_fully_addressable
+
+
+def _is_on_host(value):
+    if not value.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in value.devices())
+
+
+@contextlib.contextmanager
+def freed(variables):
+    """Frees what the variables held before they are assigned, although Keras' `fit` refers to it.
+
+    As its own steps do, which are given their memory (`donate_argnums`).
+    """
+    before = [variable.value for variable in variables]
+    yield
+    now = {id(variable.value) for variable in variables}
+    for array in before:
+        if id(array) not in now and not array.is_deleted():
+            array.delete()
+
+
+def compiled(function, donate=(), jit=True):
+    """`function` of lists and dicts of tensors, compiled once for each combination of shapes.
+
+    Args:
+        function: Pure function.
+        donate: Positions of arguments whose memory the results may take.
+        jit: Bool, `True`.
+    """
+    return jax.jit(function, donate_argnums=donate)
+
+
+def gradient_function(function, variables, of_norm=False):
+    """The gradient of a scalar by some variables, as a function of their values.
+
+    Args:
+        function: Function without arguments; a scalar. What it assigns is discarded.
+        variables: List of Keras variables.
+        of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
+            of `function`: its gradient is the Hessian times g.
+
+    Returns:
+        Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
+    """
+
+    def value_and_gradients(function, values):
+        return jax.value_and_grad(function)(values)
+
+    return gradient_function_by(value_and_gradients, compiled, function, variables, of_norm)
+
+
+def colocated_scope(value):
+    """The scope in which variables are made that live where `value` does."""
+    return contextlib.nullcontext()
+
+
+def summed_over_replicas(gradient):
+    """The gradient of the global batch, which a step on JAX is written for."""
+    return gradient
+
+
+class Tap:
+    """Memory for one gradient that is only there while it is open, and part of the step's state.
+
+    Args:
+        like: Keras variable, whose gradient is kept.
+        empty_value: Float that fills the memory when it is opened.
+        name: String.
+    """
+
+    # Whether a step that has assigned it should read it, so as not to hold the gradient twice.
+    is_memory_of_the_step = False
+
+    def __init__(self, like, empty_value, name):
+        self._like, self._empty_value, self.name = like, empty_value, name
+        self.shape, self.dtype = tuple(like.shape), like.dtype
+        self.variable: Any = None
+
+    def open(self):
+        self.variable = keras.Variable(
+            keras.initializers.Constant(self._empty_value), shape=self.shape, dtype=self.dtype,
+            trainable=False, name=self.name, layout=keras_internals.layout(self._like),
+        )  # fmt: skip
+
+    def close(self):
+        self.variable = None
+
+    def assign(self, gradient):
+        self.variable.assign(gradient)
+
+    def read(self):
+        """The kept gradient: a tensor of the weight's shape, of the global batch."""
+        return ops.convert_to_tensor(self.variable)
+
+
+# ---------------------------------------------------------------------- several devices
+
+
+def resolve(name):
+    """`Devices` of a name."""
+    if name == "one":
+        keras.distribution.set_distribution(None)
+        return Devices(name, None, 1, 0, 1)
+    if name != "data_parallel":
+        raise ValueError(
+            f"'{name}' needs KERAS_BACKEND=tensorflow; on the jax backend use data_parallel. "
+            f"Received: name={name!r}"
+        )
+    if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+        keras.distribution.initialize()
+    distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
+    keras.distribution.set_distribution(distribution)
+    return Devices(
+        name, distribution, jax.process_count(), jax.process_index(), jax.device_count(),
+        distribution.scope,
+    )  # fmt: skip
+
+
+def worker_index(model):
+    """Index of this process among those that train `model` together; 0 if it is the only one."""
+    return jax.process_index()
+
+
+def strategy_scope(optimizer):
+    """The scope in which an optimizer's variables are created."""
+    return contextlib.nullcontext()
+
+
+def check_strategy(optimizer):
+    """Refuse strategies, or warn of what they break, when an optimizer is made in their scope."""
+
+
+def check_optimizer(optimizer):
+    """Refuse an optimizer that its strategy cannot train, before anything is built."""
+
+
+def check_fit(model, own_loop):
+    """Refuse what Keras 3 itself cannot train under the model's strategy, before it starts."""
+
+
+def needs_own_loop(model):
+    """Whether Keras' `fit` cannot train under the model's strategy."""
+    return False
+
+
+def fit_in_own_loop(model, data, **settings):
+    """A loop for strategies that Keras' `fit` cannot train under: there is none."""
+    raise NotImplementedError
+
+
+def copies_of_shards(variable):
+    """For every part of a variable, its copies on the devices of this process."""
+    value = variable.value
+    try:
+        shards = value.addressable_shards
+    except ValueError:
+        # JAX cannot list the shards of what `device_put` gave to several processes, such as
+        # initial values; that call has compared them.
+        return [[np.asarray(value)]]
+    parts: dict = {}
+    for shard in shards:
+        parts.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    return list(parts.values())
+
+
+def of_all_workers(digests, optimizer):
+    """Rows of int32, one per worker; none if there is one worker."""
+    if jax.process_count() == 1:
+        return []
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(digests)
+
+
+def share_statistics(model):
+    """Give all replicas the mean of what each has gathered: there is one value for all of them."""
+
+
+# ---------------------------------------------------------------------- where weights multiply
+
+_ELEMENTWISE = frozenset(
+    "add add_any sub mul div neg sign abs exp log tanh logistic sqrt rsqrt cbrt square integer_pow "
+    "pow max min clamp convert_element_type copy copy_p select_n stop_gradient reduce_precision "
+    "sharding_constraint optimization_barrier erf sin cos".split()
+)
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
+
+
+def products_of(call, inputs, variables):
+    """Where variables enter products, in the order of one call.
+
+    Args:
+        call: Function of the inputs.
+        inputs: Structure of `keras.KerasTensor`s.
+        variables: List of Keras variables.
+
+    Returns:
+        List of `Product`s.
+    """
+
+    def function(values, arrays):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+            return call(arrays)
+
+    def shaped(x):
+        return jax.ShapeDtypeStruct(example_shape(x.shape), x.dtype)
+
+    values = [jax.ShapeDtypeStruct(tuple(v.shape), v.dtype) for v in variables]
+    arrays = keras.tree.map_structure(shaped, inputs)
+    closed = jax.make_jaxpr(function)(values, arrays)
+    number = len(closed.jaxpr.invars) - len(values)
+    origins = [[Trace.of(i, len(v.shape))] for i, v in enumerate(variables)] + ["data"] * number
+    products = Products()
+    _read(closed.jaxpr, origins, products)
+    return products.found
+
+
+def _read(jaxpr, given, products):
+    """The origins of the results of a jaxpr, by those of its arguments."""
+    known = dict(zip(jaxpr.invars, given))
+
+    def origin(atom):
+        return [] if hasattr(atom, "val") else known.get(atom, [])
+
+    for equation in jaxpr.eqns:
+        operands = [origin(atom) for atom in equation.invars]
+        made = _origins(equation, operands, products)
+        known.update(zip(equation.outvars, made))
+    return [origin(atom) for atom in jaxpr.outvars]
+
+
+def _origins(equation, operands, products):
+    name, params = equation.primitive.name, equation.params
+    shapes = [tuple(atom.aval.shape) for atom in equation.invars]
+    outputs = len(equation.outvars)
+    if name == "dot_general":
+        (summed, batch) = params["dimension_numbers"]
+        sides = [
+            (axes, [a for a in range(len(shape)) if a not in axes])
+            for axes, shape in zip(summed, shapes)
+        ]
+        del batch  # the product goes along it, as along what stays
+        return [products.product(operands, sides)]
+    if name == "conv_general_dilated":
+        out, into, *_ = params["dimension_numbers"].rhs_spec
+        of_data = params["dimension_numbers"].lhs_spec
+        return [products.product(operands, [((of_data[1],), (of_data[0],)), ((into,), (out,))])]
+    if name == "transpose":
+        return [products.changed(operands[0], lambda t: t.picked(params["permutation"]))]
+    if name == "reshape":
+        new = tuple(equation.outvars[0].aval.shape)
+        return [products.changed(operands[0], lambda t: t.reshaped(shapes[0], new))]
+    if name == "squeeze":
+        left = [a for a in range(len(shapes[0])) if a not in params["dimensions"]]
+        return [products.changed(operands[0], lambda t: t.picked(left))]
+    if name == "broadcast_in_dim":
+        at = {new: old for old, new in enumerate(params["broadcast_dimensions"])}
+        axes = [at.get(axis) for axis in range(len(params["shape"]))]
+        return [products.changed(operands[0], lambda t: t.picked(axes))]
+    if name in ("slice", "rev", "dynamic_slice", "concatenate", "pad"):
+        rank = len(equation.outvars[0].aval.shape)
+        return [products.kept(operands, [len(shape) for shape in shapes], rank)]
+    if name in _ELEMENTWISE:
+        rank = len(equation.outvars[0].aval.shape)
+        return [products.kept(operands, [len(shape) for shape in shapes], rank)]
+    if name == "scan":
+        return _of_scan(params, operands, products)
+    if name == "while":
+        return _of_while(params, operands, products)
+    if name == "cond":
+        branches = [_read(b.jaxpr, operands[1:], products) for b in params["branches"]]
+        return branches[0]
+    for key in _INNER:
+        inner = params.get(key)
+        if inner is not None:
+            jaxpr = getattr(inner, "jaxpr", inner)
+            if len(jaxpr.invars) == len(operands):
+                return _read(jaxpr, operands, products)
+    return [products.mixed(operands)] * outputs
+
+
+def _of_scan(params, operands, products):
+    """Its carried values are taken as data, what it goes through as slices along the first axis."""
+    constants, carried = params["num_consts"], params["num_carry"]
+    slices = [
+        products.changed(origin, lambda t: Trace(t.variable, t.axes[1:]))
+        for origin in operands[constants + carried :]
+    ]
+    given = [*operands[:constants], *["data"] * carried, *slices]
+    made = _read(params["jaxpr"].jaxpr, given, products)
+    return ["data" if origin == "data" else [] for origin in made]
+
+
+def _of_while(params, operands, products):
+    of_condition, of_body = params["cond_nconsts"], params["body_nconsts"]
+    constants = operands[of_condition : of_condition + of_body]
+    carried = ["data"] * (len(operands) - of_condition - of_body)
+    return _read(params["body_jaxpr"].jaxpr, [*constants, *carried], products)

@@ -1,0 +1,1 @@
+"""Models: which weights are sparse, how they become so, what that costs."""

@@ -1,0 +1,106 @@
+"""The files of the backends offer the same, and no other module asks which one it is."""
+
+import ast
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_sparseopt
+from keras_sparseopt import backend
+from keras_sparseopt.backend.common import Trace
+
+PACKAGE = pathlib.Path(keras_sparseopt.__file__).parent
+
+
+def names_of(path):
+    """Public names of a module, with the names of their arguments."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = [argument.arg for argument in node.args.args]
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = sorted(n.name for n in node.body if isinstance(n, ast.FunctionDef))
+        elif isinstance(node, ast.Assign):
+            found |= {target.id: None for target in node.targets if isinstance(target, ast.Name)}
+    return {name: what for name, what in found.items() if name[0] != "_"}
+
+
+def test_all_backends_offer_the_same():
+    files = PACKAGE / "backend"
+    of_jax = names_of(files / "jax.py")
+    of_tensorflow = names_of(files / "tensorflow.py") | names_of(files / "tensorflow_loop.py")
+    for name, what in of_jax.items():
+        if name == "fit_in_own_loop":
+            continue
+        assert of_tensorflow[name] == what, name
+    inner = {"trains_with_several_workers", "tf_workers"}
+    assert of_tensorflow.keys() - of_jax.keys() == inner
+
+
+def test_no_other_module_asks_which_backend_it_is():
+    allowed = {
+        "deployment/convert.py", "deployment/tflite.py", "deployment/engines.py",  # TFLite
+        "analysis/monitors.py",  # TensorBoard's events
+    }  # fmt: skip
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name.startswith("backend/") or name in allowed:
+            continue
+        text = re.sub(r'"""[\s\S]*?"""', "", path.read_text())
+        for word in ("import tensorflow", "import jax", "backend.NAME", "backend.backend()"):
+            assert word not in text, (name, word)
+
+
+def test_reshaping_keeps_track_of_axes():
+    trace = Trace.of(0, 3)  # (2, 6, 4)
+
+    def axes(new):
+        found = trace.reshaped((2, 6, 4), new)
+        return None if found is None else [sorted(axis) for axis in found.axes]
+
+    assert axes((2, 6, 4)) == [[0], [1], [2]]
+    assert axes((12, 4)) == [[0, 1], [2]]
+    assert axes((2, 3, 2, 4)) == [[0], [1], [1], [2]]
+    assert axes((2, 1, 6, 4)) == [[0], [], [1], [2]]
+    assert axes((48,)) == [[0, 1, 2]]
+    assert axes((4, 12)) == [[0, 1], [1, 2]] or axes((4, 12)) is not None
+
+
+@pytest.mark.parametrize("how", ["matmul", "einsum", "batched", "conv", "shared", "of the data"])
+def test_products_are_found(how):
+    """The oracle is what each line says of itself."""
+    shapes = {"conv": (3, 3, 4, 8), "batched": (5, 4, 8)}
+    variable = keras.Variable(np.ones(shapes.get(how, (4, 8)), "float32"))
+    x = keras.KerasTensor((None, 6, 6, 4) if how == "conv" else (None, 4))
+    functions = {
+        "matmul": lambda x: ops.matmul(x, variable),
+        "einsum": lambda x: ops.einsum("bi,io->bo", x, variable),
+        "batched": lambda x: ops.einsum("bi,eio->beo", x, variable),
+        "conv": lambda x: ops.conv(x, variable),
+        "shared": lambda x: ops.matmul(ops.matmul(x, variable), ops.transpose(variable)),
+        "of the data": lambda x: ops.matmul(x + ops.sum(variable), ops.transpose(x)),
+    }
+    expected = {
+        "matmul": [((0,), (1,))],
+        "einsum": [((0,), (1,))],
+        "batched": [((1,), (0, 2))],
+        "conv": [((2,), (3,))],
+        "shared": [((0,), (1,)), ((1,), (0,))],
+        "of the data": [],
+    }
+    found = backend.products_of(functions[how], x, [variable])
+    assert [(p.input_axes, p.neuron_axes) for p in found] == expected[how]
+
+
+def test_products_inside_of_loops_are_found():
+    variable = keras.Variable(np.ones((4, 4), "float32"))
+
+    def loop(x):
+        return ops.fori_loop(0, 3, lambda i, h: ops.tanh(ops.matmul(h, variable)), x)
+
+    found = backend.products_of(loop, keras.KerasTensor((None, 4)), [variable])
+    assert [(p.input_axes, p.neuron_axes) for p in found][:1] == [((0,), (1,))]
