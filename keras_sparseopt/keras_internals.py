@@ -111,8 +111,13 @@ def is_absent(variable):
 
 
 def is_training_state_taken():
-    """Whether the caller's caller is JAX's `fit`, which is about to empty the variables."""
-    return sys._getframe(2).f_code.co_name == "_get_jax_state"
+    """Whether JAX's `fit` asks, perhaps through wrappers, which will empty the variables."""
+    frame: Any = sys._getframe(2)
+    for _ in range(3):
+        if frame is None or frame.f_code.co_name == "_get_jax_state":
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_get_jax_state"
 
 
 def functional_of(model):

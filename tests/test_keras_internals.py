@@ -122,3 +122,88 @@ def test_training():
     with contextlib.suppress(ValueError):
         model.fit(x, y, verbose=0)
         raise AssertionError("an uncompiled model trained")
+
+
+def test_calls_with_made_up_inputs():
+    class Pair(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def build(self, first_shape, second_shape):
+            self.dense.build(first_shape)
+            self.built = True
+
+        def call(self, first, second):
+            return self.dense(first) + second
+
+    pair = Pair()
+    pair(np.ones((3, 4), "float32"), np.ones((3, 2), "float32"))
+    inputs = internals.example_inputs(pair)
+    assert {name: x.shape for name, x in inputs.items()} == {"first": (3, 4), "second": (3, 2)}
+    arrays = {name: np.ones(x.shape, "float32") for name, x in inputs.items()}
+    assert array(internals.call_by_name(pair, arrays)).shape == (3, 2)
+    model = functional()
+    (single,) = internals.example_inputs(model).values()
+    assert single.shape == (None, 4)
+    assert internals.example_inputs(keras.layers.Dense(2)) is None
+
+
+def test_steps_of_models_around():
+    inner = functional()
+    inputs = keras.Input((4,))
+    outer = keras.Model(inputs, inner(inputs))
+    weight = inner.get_layer("d").kernel
+    assert internals.models_with_steps([weight]) == []
+    outer.compile("sgd", "mse")
+    outer.make_train_function()
+    assert internals.models_with_steps([weight]) == [outer]
+    assert internals.models_with_steps([keras.Variable(1.0)]) == []
+
+
+def test_who_calls():
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            seen.append(internals.callbacks_before(self))
+
+    first, second = Look(), Look()
+    model = functional()
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0, callbacks=[first, second])
+    assert [[x for x in before if isinstance(x, Look)] for before in seen] == [[], [first]]
+    assert internals.callbacks_before(first) == []
+
+
+def test_state_of_training_and_lora():
+    class Asked(keras.optimizers.SGD):
+        asked = set()
+
+        @property
+        def variables(self):
+            return self._all()
+
+        def _all(self):
+            self.asked.add(internals.is_training_state_taken())
+            return super().variables
+
+    model = functional()
+    model.compile(Asked(0.1), "mse")
+    model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0)
+    assert (True in Asked.asked) == (keras.backend.backend() == "jax")
+
+    class Topology:
+        told = 0
+
+        def warn_of_lora(self):
+            self.told += 1
+
+    kernel = model.get_layer("d").kernel
+    kernel.topology = Topology()
+    internals.tell(kernel)
+    model.get_layer("d").trainable = False
+    model.get_layer("d").trainable = True
+    assert kernel.topology.told == 0
+    model.get_layer("d").enable_lora(2)
+    assert kernel.topology.told == 1 and not kernel.trainable

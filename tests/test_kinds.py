@@ -285,6 +285,27 @@ def test_layers_thawed_one_by_one_after_a_file(tmp_path):
     assert_invariants(loaded)
 
 
+def test_a_thawed_weight_is_again_what_the_file_says(tmp_path):
+    """Structure, correction and name, although another optimizer trains it now."""
+    model = kso.sparsify(
+        net(None), 0.75, "uniform", structure=kso.ConstantFanIn(), skew_correction="a"
+    )
+    fit(prepared(model), kso.RigL(2, 0.4, end_step=100))
+    thaw(model, frozen="a")
+    model.save(tmp_path / "m.keras")
+    loaded = reload(tmp_path / "m.keras")
+    thaw(loaded, "a")
+    gc.collect()
+    with pytest.warns(UserWarning, match="'a/kernel' .* zeros; as the file describes it"):
+        fit(prepared(loaded), kso.RigL(2, 0.4, end_step=100))
+    topology = loaded.get_layer("a").kernel.topology
+    assert topology.structure == kso.ConstantFanIn() and topology.skew_correction
+    assert topology.name == "a"
+    fan_in = array(topology.mask).sum(axis=0)
+    assert (fan_in == fan_in[0]).all() and fan_in[0] <= 3
+    assert_invariants(loaded)
+
+
 def test_thawed_after_the_optimizer_was_built(tmp_path):
     model = net()
     thaw(model, frozen="a")

@@ -494,7 +494,8 @@ class StepCallback(keras.callbacks.Callback):
 
     def _stop_keeping_gradients(self):
         schedule = self._run.schedule
-        worth_it = schedule.last - schedule.end >= _STEPS_WORTH_COMPILING
+        left = schedule.last - schedule.end if schedule.last != math.inf else 0
+        worth_it = left >= _STEPS_WORTH_COMPILING
         if self._run.lease is not None and self.is_over() and worth_it:
             self.end()
             use_step(keras_internals.model_of(self))

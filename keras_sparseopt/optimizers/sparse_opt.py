@@ -181,11 +181,16 @@ class SparseOpt(WrapperOptimizer):
             # The share of active weights that the last mask update made new. Kept here, so
             # that a resumed training logs what the uninterrupted one would have.
             self.mask_change = self.add_variable((), dtype="float32", name="mask_change")
+            is_new = not self._state.saved
             for variable in variables:
                 is_trained_by(variable, self)
+                # What a file told of weights that were frozen then is there for the next optimizer.
+                self._state.saved = self._state.saved or getattr(variable, "told_topologies", [])
                 if topology_of(variable) is not None:
                     self.adopt(variable)
-            if not self._state.saved:
+            for variable in variables:
+                variable.told_topologies = self._state.saved
+            if is_new:
                 self._attach_to_zeros()
             self._check_slots()
         if not variables:
@@ -217,22 +222,27 @@ class SparseOpt(WrapperOptimizer):
 
     def _attach_to_zeros(self):
         """Masks for weights that were sparse once: an optimizer did not see them, being frozen."""
-        regained = []
-        for variable in keras_internals.trained_variables(self):
+        regained, trained = [], keras_internals.trained_variables(self)
+        told = matching(self._state.saved, trained)
+        for position, variable in enumerate(trained):
             if topology_of(variable) is not None or getattr(variable, "was_stripped", False):
                 continue
             if not _was_sparse(variable):
                 continue
             mask, rank = host(variable) != 0, len(variable.shape)
-            attach(variable, mask, (rank - 1,), (rank - 2,), False, variable.path)
-            regained.append(f"'{variable.path}' ({1 - mask.mean():.1%} zeros)")
+            if position in told:
+                attach_saved(variable, self._state.saved[told[position]]).fill()
+                how = "as the file describes it"
+            else:
+                attach(variable, mask, (rank - 1,), (rank - 2,), False, variable.path)
+                how = "unstructured, not corrected"
+            regained.append(f"'{variable.path}' ({1 - mask.mean():.1%} zeros; {how})")
         if regained:
             warnings.warn(
                 "SparseOpt takes masks from the zeros of weights that have none, as after a file "
-                f"that was saved while they were frozen: {', '.join(regained)}. They are "
-                "unstructured and not corrected; for another structure or correction call "
-                "keras_sparseopt.masks_from_zeros(model) before. To train them densely call "
-                "keras_sparseopt.strip(layer) before.",
+                f"that was saved while they were frozen: {', '.join(regained)}. For another "
+                "structure or correction call keras_sparseopt.masks_from_zeros(model) before. To "
+                "train them densely call keras_sparseopt.strip(layer) before.",
                 stacklevel=4,
             )
 
@@ -302,7 +312,7 @@ class SparseOpt(WrapperOptimizer):
 
     def _look_once(self):
         """Fill masks that are open, and find weights that were sparse once, before a first step."""
-        if self._state.has_looked or not self.built:
+        if self._state.has_looked or not self.built or keras_internals.in_stateless_scope():
             return
         self._state.has_looked = True  # adopting reads `variables` again
         with backend.init_scope():
@@ -548,8 +558,7 @@ class SparseOpt(WrapperOptimizer):
 
     @property
     def variables(self):
-        if not keras_internals.in_stateless_scope():
-            self._look_once()
+        self._look_once()
         if keras_internals.is_training_state_taken():
             for weight in self.weights:  # an error now, or the state would be lost
                 _ = weight.topology.mask
