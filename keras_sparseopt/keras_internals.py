@@ -227,6 +227,12 @@ def without_optimizer(model):
         model.optimizer = optimizer
 
 
+def _is_optimizer_calling():
+    """Whether the caller's caller is a method of an optimizer."""
+    caller = sys._getframe(2).f_locals.get("self")
+    return isinstance(caller, keras.optimizers.Optimizer)
+
+
 @functools.cache
 def told_class(variable_class: Any) -> Any:
     """A variable class whose instances tell their `topology` before and after an assignment."""
@@ -239,12 +245,16 @@ def told_class(variable_class: Any) -> Any:
                 after()
             return value
 
-        # What an optimizer does, before it applies the constraint.
+        # Optimizers may leave the mask: a constraint follows, or SparseOpt sees to it.
         def assign_add(self, value):
+            if not _is_optimizer_calling():
+                return self.assign(self + value)
             with self.topology.moving():
                 return super().assign_add(value)
 
         def assign_sub(self, value):
+            if not _is_optimizer_calling():
+                return self.assign(self - value)
             with self.topology.moving():
                 return super().assign_sub(value)
 

@@ -57,8 +57,12 @@ def zeros(model):
     return [float((kernel == 0).mean()) for kernel in kernels]
 
 
-def nonzero_masks(model):
-    return [array(weight) != 0 for weight in kso.sparse_weights(model)]
+def assert_masks_of(model, original):
+    """What is not 0 is active, and as many are as in the original; which of the zeros is open."""
+    for mask, before, weight in zip(
+        masks_of(model), masks_of(original), kso.sparse_weights(original), strict=True
+    ):
+        assert mask[array(weight) != 0].all() and mask.sum() == before.sum()
 
 
 def assert_stays_sparse(model, *callbacks, expected=0.7):
@@ -136,7 +140,7 @@ def test_a_clone_takes_its_masks_from_the_weights_that_it_is_given():
     model = trained()
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
-    assert all(np.array_equal(a, b) for a, b in zip(masks_of(clone), nonzero_masks(model)))
+    assert_masks_of(clone, model)
     assert_stays_sparse(clone, kso.RigL(2, 0.4, end_step=100))
     assert_invariants(clone)
 
@@ -209,7 +213,7 @@ def test_a_load_that_skips_the_optimizer(tmp_path):
         other.set_weights(model.get_weights())
         other.save_weights(tmp_path / "o.weights.h5")
         clone.load_weights(tmp_path / "o.weights.h5")
-    assert all(np.array_equal(a, b) for a, b in zip(masks_of(clone), nonzero_masks(model)))
+    assert_masks_of(clone, model)
 
 
 def test_masks_from_zeros_works_where_it_is_advised():
@@ -219,7 +223,8 @@ def test_masks_from_zeros_works_where_it_is_advised():
     with pytest.warns(UserWarning, match="sparser than its mask.*masks_from_zeros"):
         model.set_weights(sparse.get_weights())
     kso.masks_from_zeros(model)
-    assert all(np.array_equal(a, b) for a, b in zip(masks_of(model), nonzero_masks(sparse)))
+    for mask, weight in zip(masks_of(model), kso.sparse_weights(sparse)):
+        assert np.array_equal(mask, array(weight) != 0)
     assert_stays_sparse(model)
     assert_invariants(model)
 
@@ -392,6 +397,146 @@ def test_initializers_with_zeros_are_not_taken_for_masks(tmp_path):
     prepared(loaded)
     loaded.fit(x, y, verbose=0)
     assert [w.topology.name for w in kso.sparse_weights(loaded)] == ["c"]
+
+
+def test_a_clone_that_is_saved_before_it_has_weights_stays_unknown(tmp_path):
+    clone = keras.models.clone_model(trained())
+    clone.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="The file holds no masks that fit a, b, c"):
+        loaded = keras.models.load_model(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="The mask of 'a' is not known"):
+        fit(loaded)
+
+
+def test_generations_of_clones_keep_their_counts():
+    model = trained()
+    counts = [mask.sum() for mask in masks_of(model)]
+    for _ in range(3):
+        clone = keras.models.clone_model(model)
+        clone.set_weights(model.get_weights())
+        fit(clone, kso.RigL(2, 0.4, end_step=100))
+        model = clone
+    assert [mask.sum() for mask in masks_of(model)] == counts
+
+
+def test_a_weight_that_was_pruned_cannot_come_back_through_an_older_optimizer():
+    model = prepared(net(0.0))
+    fit(model)
+    before, older = model.get_weights(), model.optimizer
+    prepared(model)
+    fit(model, kso.GMP(0.75, 1, end_step=4))
+    with pytest.raises(ValueError, match="denser than its mask"):
+        model.set_weights(before)
+    assert older.built and zeros(model)[0] == 0.75
+
+
+def test_indices_of_weights_stay_different():
+    model = trained()
+    kso.strip(model.layers[0])
+    kso.sparsify(model, 0.5, "uniform")
+    indices = [weight.index for weight in model.optimizer.weights]
+    assert len(set(indices)) == 3
+    history = fit(model, kso.SET(2, 0.4, end_step=100)).history
+    active = sum(int(mask.sum()) for mask in masks_of(model))
+    size = sum(mask.size for mask in masks_of(model))
+    assert history["sparsity"][-1] == pytest.approx(1 - active / size)
+
+
+def test_masks_in_a_file_are_for_weights_that_had_none(tmp_path):
+    model = trained()
+    model.save_weights(tmp_path / "m.weights.h5")
+    other = kso.sparsify(net(None), 0.7, "uniform", exclude="a")
+    fit(prepared(other))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert any("The file holds masks of" in str(w.message) for w in caught)
+    assert all(np.array_equal(a, b) for a, b in zip(masks_of(other), masks_of(model), strict=True))
+    assert_stays_sparse(other)
+
+
+def test_increments_of_ones_own_are_asked_too():
+    model = trained()
+    kernel = model.get_layer("a").kernel
+    with pytest.raises(ValueError, match="denser than its mask"):
+        kernel.assign_add(np.ones(kernel.shape))
+    mask = array(kernel.topology.mask)
+    kernel.assign_sub(0.5 * mask)
+    assert_invariants(model)
+
+
+def test_what_was_stripped_stays_so_through_a_file(tmp_path):
+    trained().save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    kso.strip(loaded)
+    assert "topologies" not in prepared(loaded).optimizer.get_config()
+    with pytest.warns(UserWarning, match="found no sparse weight"):
+        fit(loaded)
+    assert "topologies" not in loaded.optimizer.get_config()
+
+
+def test_masks_that_change_in_a_callback_do_not_stop_fit():
+    class Change(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                kso.sparsify(self.model, 0.7, "uniform")
+            if epoch == 1:
+                kso.strip(self.model.get_layer("a"))
+
+    with pytest.warns(UserWarning, match="found no sparse weight"):
+        model = prepared(net(None))
+        fit(model, Change(), epochs=4)
+    assert [w.topology.name for w in kso.sparse_weights(model)] == ["b", "c"]
+    assert min(zeros(model)[1:]) > 0.65
+
+
+@pytest.mark.backend("tensorflow")
+def test_a_loop_is_told_to_compile_again_when_masks_have_come():
+    import tensorflow as tf
+
+    with pytest.warns(UserWarning, match="found no sparse weight"):
+        model = prepared(net(None))
+        model.optimizer.build(model.trainable_variables)
+
+    def make():
+        @tf.function
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                loss = model.loss(y, model(x, training=True))
+            model.optimizer.apply(tape.gradient(loss, model.trainable_variables))
+
+        return step
+
+    x, y = xy()
+    make()(x, y)
+    kso.sparsify(model, 0.7, "uniform")
+    method = kso.SET(2, 0.4, end_step=100)
+    assert method.begin(model.optimizer)
+    make()(x, y)
+    method.step()
+    assert min(zeros(model)) > 0.65
+
+
+def test_a_method_whose_weights_are_frozen_now_says_so():
+    model = prepared()
+    model.optimizer.build(model.trainable_variables)
+    method = kso.SET(1, end_step=100)
+    method.begin(model.optimizer)
+    x, y = xy()
+    for layer in model.layers:
+        layer.trainable = False
+    model.optimizer.iterations.assign(1)
+    with pytest.warns(UserWarning, match="SET changes no mask at step 1: all weights .* frozen"):
+        logs = method.step()
+    assert 0.6 < logs["sparsity"] < 0.8
+
+
+def test_intervals_count_optimizer_steps_under_accumulation():
+    inner = SGD(0.1, gradient_accumulation_steps=2)
+    model = prepared(inner=inner, steps_per_execution=4, jit_compile=False)
+    before = masks_of(model)
+    fit(model, kso.SET(2, 0.5, end_step=100), batch_size=4, epochs=2)
+    assert not np.array_equal(before[0], masks_of(model)[0])
 
 
 # ---------------------------------------------------------------------- 4 schedules

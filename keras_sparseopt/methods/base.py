@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Never
 
@@ -350,6 +351,13 @@ class DynamicSparseTraining(StepCallback):
         if self.check_replicas:  # before: the update gives all replicas the same
             assert_replicas_agree(self.optimizer)
         weights = self.weights()
+        if not weights:
+            warnings.warn(
+                f"{type(self).__name__} changes no mask at step {self.current_step}: all weights "
+                "that it is for are frozen now.",
+                stacklevel=2,
+            )
+            return
         facts = moving.inspect(weights, self.gradient_of)
         if not any(fact["has_gradient"] for fact in facts.values()):
             raise ValueError(NO_GRADIENT)
@@ -445,7 +453,8 @@ class DynamicSparseTraining(StepCallback):
         )  # fmt: skip
 
     def read_logs(self) -> dict[str, float]:
-        weights = [weight for weight in self.optimizer.weights if weight.variable.trainable]
+        every = self.optimizer.weights
+        weights = [weight for weight in every if weight.variable.trainable] or every
         facts = moving.inspect(weights)
         size = sum(math.prod(weight.variable.shape) for weight in weights)
         measures = {

@@ -218,7 +218,7 @@ class StepCallback(keras.callbacks.Callback):
         self.check_weights()
         before = optimizer.kept_gradients
         self._run.lease = self.lease(optimizer)
-        return optimizer.kept_gradients != before
+        return optimizer.kept_gradients != before or optimizer.has_new_weights
 
     def step(self, batches: int = 1) -> dict[str, float]:
         """Tell that the optimizer was applied; acts when it is time.
@@ -311,9 +311,10 @@ class StepCallback(keras.callbacks.Callback):
         model = self.model
         self.end()  # of a fit that was interrupted
         self.optimizer, self._run = None, self._new_run()
-        self._find_optimizer(model)
+        optimizer = self._find_optimizer(model)
         backend.check_fit(model, own_loop=self.params.get("own_loop", False))
-        self._check_interval(model.steps_per_execution)
+        accumulation = optimizer.base_optimizer().gradient_accumulation_steps or 1
+        self._check_interval(model.steps_per_execution, accumulation)
         self._check_place()
         # TensorFlow builds a model without known input shape at its first batch.
         if not keras_internals.unbuilt_layers(model):
@@ -345,11 +346,11 @@ class StepCallback(keras.callbacks.Callback):
             )
         return _required(next(iter(found.values()), getattr(model, "optimizer", None)))
 
-    def _check_interval(self, steps_per_execution):
+    def _check_interval(self, steps_per_execution, accumulation):
         every = self._run.schedule.every
         if not self.acts:
             return
-        if every % steps_per_execution:
+        if every * accumulation % steps_per_execution:
             raise ValueError(
                 f"`{self.interval}` must be a multiple of `steps_per_execution`, or updates would "
                 f"come late. Received: {self.interval}={every}, "

@@ -398,7 +398,7 @@ def strip(model: keras.Model) -> keras.Model:
     changed = sparse_weights(model)
     for layer in owners:
         _make_plain(layer)
-    for variable in model.trainable_variables:
+    for variable in model.weights:
         variable.was_stripped = True  # its zeros are no mask
     for variable in changed:
         if topology_of(variable) is not None:
@@ -469,8 +469,7 @@ def set_mask(target: Any, mask: Array) -> None:
     topology = variables[0].topology
     mask = topology.check_mask(mask, is_final=True)
     topology.change(mask)
-    for optimizer in topology.optimizers:
-        optimizer.set_budget(topology)
+    topology.set_budget()
 
 
 def masks_from_zeros(

@@ -5,6 +5,7 @@ import fnmatch
 import math
 import warnings
 import weakref
+import zlib
 from typing import Any
 
 import keras
@@ -41,9 +42,9 @@ class Topology:
 
     Attributes:
         variable: Keras variable, the weight.
-        mask: Bool `keras.Variable` of the weight's shape. An attached one becomes a variable of the
-            `SparseOpt` that trains the weight; that of a layer sparse by construction is the
-            layer's.
+        mask: Bool `keras.Variable` of the weight's shape; `set_mask` changes it. An attached one
+            becomes a variable of the `SparseOpt` that trains the weight; that of a layer sparse by
+            construction is the layer's.
         neuron_axes: Tuple of ints, the axes that index neurons.
         input_axes: Tuple of ints, the axes that index input channels.
         skew_correction: Bool, whether `SparseOpt` may correct this weight's gradient.
@@ -130,10 +131,11 @@ class Topology:
         nonzero = weight != 0
         if not looks_trained_sparse(weight, nonzero):
             return np.ones_like(nonzero) if self._announced == 1 else None
-        try:
-            return self.units.smallest(nonzero)
-        except ValueError:  # in the middle of pruning, zeros may lie anywhere
-            return None
+        # What has just grown is 0, too: filled up to the number that was announced.
+        units, seed = self.units, zlib.crc32(self.variable.path.encode())
+        count = units.nearest(round(self._announced * nonzero.size))
+        mask = units.fit(weight, units.random_mask(count, seed))[3]
+        return mask if units.holds(mask) else None
 
     def take(self, mask):
         """A first mask: what is active now is what it was given."""
@@ -255,11 +257,16 @@ class Topology:
             self.mask_variable.assign(np.array(mask) if isinstance(mask, np.ndarray) else mask)
         for optimizer in self.optimizers:
             optimizer.follow(self)
-            if is_first:
-                optimizer.set_budget(self)
+        if is_first:
+            self.set_budget()
         if self.is_compiled_in:
             self.is_compiled_in = False
             forget_steps([self.variable])
+
+    def set_budget(self):
+        """What is active now is what the mask was given."""
+        for optimizer in self.optimizers:
+            optimizer.set_budget(self)
 
     @contextlib.contextmanager
     def moving(self):
@@ -501,7 +508,7 @@ def is_trained_by(variable, optimizer):
 def forget_steps(variables):
     """Let models compile their train steps anew: what these know of variables has changed."""
     for model in keras_internals.models_with_steps(variables):
-        model.train_function = None
+        model.make_train_function(force=True)  # perhaps in the middle of `fit`
 
 
 # ---------------------------------------------------------------------- finding them

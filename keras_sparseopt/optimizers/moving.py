@@ -282,11 +282,11 @@ class Mover:
                 weight.mask_copy.assign(ops.copy(mask))
             if scale is not None:
                 weight.scale.assign(scale)
-            if not keeps_budget:
-                weight.budget.assign(ops.cast(units, "int32"))
             for other in topology.optimizers:
                 if other is not optimizer:
                     other.follow(topology)
+                if not keeps_budget:
+                    other.weight_of(weight.variable).budget.assign(ops.cast(units, "int32"))
             changed.append(new)
             active.append(now)
         counts = ops.maximum(sum(active), 1)

@@ -16,6 +16,7 @@ from keras_sparseopt.checks import check_bool
 from keras_sparseopt.models.topology import (
     attach,
     attach_saved,
+    forget_steps,
     is_trained_by,
     looks_trained_sparse,
     own_constraint,
@@ -64,6 +65,8 @@ class _State:
         # From a file: what hung on which variable.
         self.saved = list(saved)
         self.mover: Any = None
+        # The weights that the step knew which was traced last.
+        self.traced: set | None = None
         # Whether weights that were sparse once have been looked for since the last step.
         self.has_looked = False
         # The methods that have begun with a horizon of their own for a fit of one epoch, by name.
@@ -227,7 +230,7 @@ class SparseOpt(WrapperOptimizer):
         for position, variable in enumerate(trained):
             if topology_of(variable) is not None or getattr(variable, "was_stripped", False):
                 continue
-            if not _was_sparse(variable):
+            if not _was_sparse(variable, 0.0 if position in told else _FEW_ZEROS):
                 continue
             mask, rank = host(variable) != 0, len(variable.shape)
             if position in told:
@@ -281,7 +284,7 @@ class SparseOpt(WrapperOptimizer):
             scale = self.add_variable(shape, "ones", dtype="float32", name=f"{name}_correction")
         slots = keras_internals.slots_of(self._state.slots, self.base_optimizer(), variable)
         slots = [slot for slot in slots if tuple(slot.shape) == tuple(variable.shape)]
-        number = len(self._state.weights)
+        number = 1 + max((weight.index for weight in self.weights), default=-1)
         weight = Weight(variable, number, slots, explored, budget, scale, mask_copy)
         self._state.weights[index] = weight
         self._state.gradients.adopt(weight)
@@ -327,6 +330,8 @@ class SparseOpt(WrapperOptimizer):
         if backend.is_single_replica():
             self._look_once()
         self._state.has_looked = True
+        if backend.is_traced(*grads):
+            self._state.traced = set(self._state.weights)
         weights = [self._find(variable) for variable in variables]
         grads = [
             grad if weight is None or grad is None else self._keep_and_correct(grad, weight)
@@ -441,11 +446,10 @@ class SparseOpt(WrapperOptimizer):
             ValueError: If the weight is not trained by this optimizer, or the mask does not
                 fit, or has not the weight's structure. Nothing has changed then.
         """
-        weight = self.weight_of(variable)
-        mask = weight.topology.check_mask(new_mask)
-        weight.topology.change(mask, grown)
+        topology = self.weight_of(variable).topology
+        topology.change(topology.check_mask(new_mask), grown)
         if not keeps_budget:
-            self.set_budget(weight.topology)
+            topology.set_budget()
 
     def follow(self, topology, explores=True):
         """A mask has changed: slots, correction and what was explored follow.
@@ -550,6 +554,12 @@ class SparseOpt(WrapperOptimizer):
         return self._state.gradients.lease(self, averaging)
 
     @property
+    def has_new_weights(self):
+        """Whether masks have come since a step was traced last: it does not know of them."""
+        traced = self._state.traced
+        return traced is not None and traced != set(self._state.weights)
+
+    @property
     def kept_gradients(self):
         """What a compiled step writes: hashable, and different where the step must be another."""
         return frozenset(self._state.gradients.kinds)
@@ -582,6 +592,8 @@ class SparseOpt(WrapperOptimizer):
         store["weights"] = np.frombuffer(json.dumps(about).encode(), "uint8")
         store["mask_change"] = host(self.mask_change) if self.built else np.float32(0)
         for at, weight in enumerate(weights):
+            if weight.topology.is_open:
+                continue  # nothing is known of it yet
             if weight.topology.is_attached:
                 store[f"{at}_mask"] = host(weight.topology.mask_variable)
             store[f"{at}_explored"] = host(weight.explored)
@@ -598,6 +610,7 @@ class SparseOpt(WrapperOptimizer):
             )
             return
         saved = json.loads(bytes(np.asarray(store["weights"], "uint8")).decode())
+        self._attach_as_told(saved)
         weights = self.weights
         found = matching(saved, [weight.variable for weight in weights])
         missing = [
@@ -614,12 +627,31 @@ class SparseOpt(WrapperOptimizer):
                 stacklevel=2,
             )
 
+    def _attach_as_told(self, saved):
+        """Masks for weights that have none here, and have one in the file that is read."""
+        trained = keras_internals.trained_variables(self)
+        new = []
+        for position, at in matching(saved, trained).items():
+            variable = trained[position]
+            if topology_of(variable) is None and saved[at]["attached"]:
+                attach_saved(variable, saved[at]).weights_came = True
+                new.append(variable)
+        if new:
+            forget_steps(new)
+            warnings.warn(
+                f"The file holds masks of {', '.join(v.path for v in new)}, which had none: they "
+                "have them now. To train them densely call keras_sparseopt.strip.",
+                stacklevel=3,
+            )
+
     def _load_weight(self, weight, store, at):
         """Take over what was saved of a weight; whether it fits, where the weight has come before.
 
         An open mask is for a weight from the same file.
         """
         topology = weight.topology
+        if f"{at}_explored" not in store.keys():
+            return False
         if topology.is_attached and f"{at}_mask" in store.keys():
             mask = topology.check_mask(np.asarray(store[f"{at}_mask"]).astype(bool))
             can_look = topology.weights_came and backend.is_whole(weight.variable)
@@ -641,14 +673,18 @@ class SparseOpt(WrapperOptimizer):
         own = [w.topology.get_config() for w in self.weights if w.topology.is_attached]
         paths = {entry["path"] for entry in own}
         # What a file told of weights that are frozen now goes on to the next one.
-        saved = own + [entry for entry in self._state.saved if entry["path"] not in paths]
+        trained = keras_internals.trained_variables(self) if self.built else []
+        told = matching(self._state.saved, trained)
+        gone = {at for i, at in told.items() if getattr(trained[i], "was_stripped", False)}
+        kept = [entry for at, entry in enumerate(self._state.saved) if at not in gone]
+        saved = own + [entry for entry in kept if entry["path"] not in paths]
         if saved:
             config["topologies"] = saved
         return config
 
 
-def _was_sparse(variable):
-    """Whether a weight has so many zeros, among different values, that it was sparse once.
+def _was_sparse(variable, few):
+    """Whether a weight has more zeros than `few`, among different values: it was sparse once.
 
     Zeros along a whole input or neuron do not count: what no data has reached may be as an
     initializer has left it.
@@ -667,4 +703,4 @@ def _was_sparse(variable):
     matrix = nonzero.reshape(-1, nonzero.shape[-1])
     reached = matrix.any(axis=1)[:, None] & matrix.any(axis=0)
     zeros = np.count_nonzero(reached & ~matrix)
-    return zeros >= _FEW_ZEROS * np.count_nonzero(reached)
+    return zeros > few * np.count_nonzero(reached)
