@@ -73,7 +73,7 @@ def test_cifar_resnet_resumes_exactly_by_the_same_command(tmp_path, monkeypatch)
 
 @pytest.mark.backend("tensorflow")  # the test above runs the example on both
 @pytest.mark.parametrize("method, optimizer", [("dense", "sgd"), ("rigl", "ham")])
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:RigL will not act")
 def test_cifar_resnet_options(tmp_path, method, optimizer, monkeypatch):
     tfds = pytest.importorskip("tensorflow_datasets")
     import cifar_resnet

@@ -575,8 +575,19 @@ def test_a_schedule_that_cannot_happen_is_told(method, message):
     model = prepared(net(0.3))
     with pytest.warns(UserWarning, match=message):
         fit(model, method())
+    model = prepared(net(0.3))
+    model.optimizer.build(model.trainable_variables)
     with pytest.warns(UserWarning, match=message):
-        method().begin(model.optimizer, 4 + 4)  # 4 steps were taken
+        method().begin(model.optimizer, 4)
+
+
+def test_fits_that_go_on_are_not_told_what_they_leave_to_others():
+    model = prepared(net(0.3))
+    with pytest.warns(UserWarning, match="GMP will not reach"):
+        fit(model, kso.GMP(0.8, 2, end_step=12))
+    for _ in range(2):
+        fit(model, kso.GMP(0.8, 2, end_step=12))
+    assert min(zeros(model)) > 0.75
 
 
 def test_no_warning_where_it_happens():

@@ -110,7 +110,7 @@ class GMP(DynamicSparseTraining):
                 f"{self.initial_sparsity:.0%}: sparsify(model, {self.initial_sparsity}).",
                 stacklevel=2,
             )
-        elif is_before_end and schedule.last < schedule.end:
+        elif is_before_end and schedule.last < schedule.end and self.is_first_fit:
             warnings.warn(
                 f"{name} will not reach final_sparsity={self.final_sparsity}: training ends at "
                 f"step {schedule.last:g}, and pruning at {schedule.end:g}. Received: "

@@ -28,6 +28,7 @@ class Run:
         self.lease: Any = None
         self.epoch: int | None = None  # inside of `fit` only
         self.initial_epoch: Any = 0
+        self.is_again = False  # whether such a callback has begun with this optimizer before
         self.is_settled = False
         self.logs: dict[str, float] = {}
         self.compiled_with: Any = None  # the optimizer that `fit` trains with
@@ -116,11 +117,11 @@ class StepCallback(keras.callbacks.Callback):
     def warn_if_idle(self) -> None:
         """Warn of what will not happen, as far as it is known when training begins."""
         run, schedule = self._run, self._run.schedule
-        is_resumed = run.step >= schedule.end and run.initial_epoch > 0
-        if not self.acts or schedule.is_open or is_resumed:
+        if not self.acts or schedule.is_open or run.initial_epoch > 0:
             return
         first = schedule.first_due_after(run.step)
-        if first > schedule.last or first == math.inf:
+        # One of several fits may be too short; the first one may be all.
+        if first == math.inf or (first > schedule.last and self.is_first_fit):
             is_known = schedule.last != math.inf
             end = f" and training ends at step {schedule.last:g}" if is_known else ""
             when = "never" if first == math.inf else f"at step {first:g}"
@@ -150,6 +151,11 @@ class StepCallback(keras.callbacks.Callback):
     def schedule(self) -> Schedule:
         """When something is due in this training."""
         return self._run.schedule
+
+    @property
+    def is_first_fit(self) -> bool:
+        """Whether this is neither resumed nor one of several trainings of the same optimizer."""
+        return not (self._run.is_again or self._run.initial_epoch)
 
     def weights(self) -> list[Any]:
         """The optimizer's `Weight`s that this callback is for."""
@@ -190,6 +196,7 @@ class StepCallback(keras.callbacks.Callback):
             )
         changed = self._take(optimizer)
         schedule.set_length(0, total_steps)
+        self._run.is_again = optimizer.begins_again(type(self).__name__)
         optimizer.settle()
         self._look()
         self.warn_if_idle()
@@ -407,11 +414,12 @@ class StepCallback(keras.callbacks.Callback):
                 "`end_step` must be given when the number of steps per epoch is unknown. "
                 "Received: end_step=None"
             )
-        is_short = run.epoch == 0 and epochs == 1
-        if run.schedule.has_own_horizon and is_short and self.acts:
-            if self.optimizer.begins_anew(type(self).__name__) and run.step:
+        name = type(self).__name__
+        run.is_again = self.optimizer.begins_again(name)
+        if run.schedule.has_own_horizon and run.epoch == 0 and epochs == 1 and self.acts:
+            if self.optimizer.begins_again(f"{name}, one epoch") and run.step:
                 warnings.warn(
-                    f"The schedule of {type(self).__name__} begins anew at step {run.step}, "
+                    f"The schedule of {name} begins anew at step {run.step}, "
                     "because `end_step` is 75 % of each `fit` unless it is given. For one training "
                     "in several fits give it, as a step of all of them together.",
                     stacklevel=2,

@@ -69,8 +69,8 @@ class _State:
         self.traced: set | None = None
         # Whether weights that were sparse once have been looked for since the last step.
         self.has_looked = False
-        # The methods that have begun with a horizon of their own for a fit of one epoch, by name.
-        self.horizons: set[str] = set()
+        # What has begun with this optimizer: names of methods, and of their fits of one epoch.
+        self.begun: set = set()
 
 
 @keras.saving.register_keras_serializable(package="keras_sparseopt")
@@ -292,11 +292,11 @@ class SparseOpt(WrapperOptimizer):
             self.follow(topology)
             self.set_budget(topology)
 
-    def begins_anew(self, method):
-        """Whether a method of this name has begun a fit of one epoch before; it does now."""
-        known = method in self._state.horizons
-        self._state.horizons.add(method)
-        return known
+    def begins_again(self, what):
+        """Whether this has begun before with this optimizer; it does now."""
+        is_known = what in self._state.begun
+        self._state.begun.add(what)
+        return is_known
 
     def forget(self, variable):
         """Let go of a weight whose mask goes."""
