@@ -113,11 +113,10 @@ class SparseLayer(keras.layers.Layer):
             aggregation="only_first_replica",
         )
         keras_internals.follow_layout(self.kernel_mask, of=kernel)
-        kernel.topology = self.kernel_mask.topology = Topology(
+        Topology(
             kernel, self.kernel_mask, neuron_axes, input_axes, self._skew_correction, self.name,
             structure=self._structure, is_attached=False,
-        )  # fmt: skip
-        keras_internals.tell(self.kernel_mask)
+        ).hang()  # fmt: skip
         return kernel
 
     def _mask(self):

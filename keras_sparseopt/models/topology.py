@@ -79,6 +79,20 @@ class Topology:
         # MirroredStrategy take turns within.
         self._moving = 0
 
+    def hang(self):
+        """Hang on the weight: it, or a layer's mask, tells of assignments from now on."""
+        variable, mask = self.variable, self.mask_variable
+        variable.topology, variable.was_stripped = self, False
+        if self.is_attached:
+            variable.constraint = KeepZeros(self, variable.constraint)
+            keras_internals.tell(variable)
+        else:
+            mask.topology = self
+            keras_internals.tell(mask)
+        for optimizer in trainers_of(variable):
+            optimizer.adopt(variable)
+        return self
+
     @property
     def mask(self):
         self.fill()
@@ -446,17 +460,10 @@ def attach(
             aggregation="only_first_replica", name=f"{variable.path.replace('/', '_')}_mask",
         )  # fmt: skip
     keras_internals.follow_layout(mask, of=variable)
-    topology = Topology(
+    return Topology(
         variable, mask, neuron_axes, input_axes, skew_correction, name, feeds, structure,
         announced=announced,
-    )  # fmt: skip
-    variable.topology = topology
-    variable.was_stripped = False
-    variable.constraint = KeepZeros(topology, variable.constraint)
-    keras_internals.tell(variable)
-    for optimizer in trainers_of(variable):
-        optimizer.adopt(variable)
-    return topology
+    ).hang()  # fmt: skip
 
 
 def attach_saved(variable, config):
