@@ -62,8 +62,12 @@ class History:
         return {name: int(array(mask).sum()) for name, mask in zip(NAMES, masks)}
 
     def _masks_again(self):
-        """Of a model that was saved or cloned under an optimizer that knows nothing of masks."""
-        if not isinstance(self.model.optimizer, kso.SparseOpt):
+        """Of a model that was saved or cloned under an optimizer that knew nothing of masks.
+
+        Plain ones do not, nor does a SparseOpt that was not built yet, of which a warning tells.
+        """
+        knows = isinstance(self.model.optimizer, kso.SparseOpt)
+        if not knows or not kso.sparse_weights(self.model):
             self.take_masks_from_zeros()
 
     def _nonzero(self, name):

@@ -207,7 +207,9 @@ class SparseOpt(WrapperOptimizer):
             warnings.warn(
                 "SparseOpt found no sparse weight among the trainable variables and acts as "
                 "the inner optimizer alone. Convert the model with "
-                "`keras_sparseopt.sparsify(model, sparsity)` before, or use its layers.",
+                "`keras_sparseopt.sparsify(model, sparsity)` before, or use its layers; a clone of "
+                "a sparse model whose optimizer was not built yet has its masks in its zeros, "
+                "`keras_sparseopt.masks_from_zeros(model)`.",
                 stacklevel=2,
             )
 
