@@ -61,6 +61,12 @@ class History:
         masks = [self._layer(name).kernel.topology.mask for name in NAMES]
         return {name: int(array(mask).sum()) for name, mask in zip(NAMES, masks)}
 
+    def _draw(self, name, mask):
+        """New weights: a mask of which few were active before would leave nearly none."""
+        kernel = self._layer(name).kernel
+        draws = np.random.default_rng(len(name)).normal(size=kernel.shape)
+        kernel.assign(np.where(mask, draws, 0.0) / 4)
+
     def _masks_again(self):
         """Of a model that was saved or cloned under an optimizer that knew nothing of masks.
 
@@ -126,6 +132,7 @@ class History:
             order = np.random.default_rng(seed).permutation(size)
             mask = (order < count).reshape(topology.variable.shape)
             kso.set_mask(topology.variable, mask)
+            self._draw(name, mask)
 
     def take_masks_from_zeros(self):
         kso.masks_from_zeros(self.model, include=list(NAMES))
@@ -133,6 +140,8 @@ class History:
     def strip_and_sparsify(self):
         compiled = isinstance(self.model.optimizer, kso.SparseOpt)
         kso.strip(self.model)
+        for name in NAMES:
+            self._draw(name, True)
         kso.sparsify(self.model, 0.6, "uniform", include=list(NAMES), seed=3)
         self.allowed = self._active()
         self.compile("adam" if compiled else "sgd", True)

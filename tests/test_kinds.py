@@ -163,6 +163,16 @@ def test_a_clone_of_a_model_that_is_to_be_pruned_has_dense_masks():
     assert zeros(clone) == [0.75, 0.75, 0.75]
 
 
+def test_a_clone_of_what_was_dense_takes_the_zeros_of_what_was_pruned():
+    model = prepared(net(0.0))
+    model.optimizer.build(model.trainable_variables)
+    clone = keras.models.clone_model(model)
+    fit(model, kso.GMP(0.75, 2, end_step=4))
+    clone.set_weights(model.get_weights())
+    assert_masks_of(clone, model)
+    assert_stays_sparse(clone)
+
+
 @pytest.mark.parametrize("how", ["from_config", "compile_from_config"])
 def test_a_config_alone_takes_masks_from_zeros(how):
     model = trained()

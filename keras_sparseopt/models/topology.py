@@ -143,11 +143,17 @@ class Topology:
             return nonzero if is_told and self.structure == Unstructured() else None
         weight = host(weight)
         nonzero = weight != 0
-        if not looks_trained_sparse(weight, nonzero):
-            return np.ones_like(nonzero) if self._announced == 1 else None
+        # Zeros that have come with weights count; those that were there may be an initializer's.
+        is_sparse = looks_trained_sparse(weight, nonzero)
+        if self._announced == 1:
+            announced = nonzero.mean() if is_sparse else 1.0  # pruned since the config was written
+        elif nonzero.all() or not (self.weights_came or is_sparse):
+            return None
+        else:
+            announced = self._announced
         # What has just grown is 0, too: filled up to the number that was announced.
         units, seed = self.units, zlib.crc32(self.variable.path.encode())
-        count = units.nearest(round(self._announced * nonzero.size))
+        count = units.nearest(round(announced * nonzero.size))
         mask = units.fit(weight, units.random_mask(count, seed))[3]
         return mask if units.holds(mask) else None
 
