@@ -67,7 +67,7 @@ def example_inputs(layer):
     functional = functional_of(layer)
     if functional is not None:
         return {None: functional.input}
-    shapes = getattr(layer, "_build_shapes_dict", None)
+    shapes = build_shapes(layer)
     if not shapes:
         return None
     named = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}

@@ -42,12 +42,20 @@ def host(x):
     return np.asarray(x)
 
 
+def function_of_values(function, variables):
+    """A function that reads variables as one of their values, which come first."""
+
+    def at(values, *arguments):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+            return function(*arguments)
+
+    return at
+
+
 def gradient_function_by(value_and_gradients, compiled, function, variables, of_norm):
     """`gradient_function` of a backend, from how it differentiates and compiles."""
 
-    def at(values):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
-            return function()
+    at = function_of_values(function, variables)
 
     def half_squared_norm(values):
         return sum(ops.sum(ops.square(g)) for g in value_and_gradients(at, values)[1]) / 2
@@ -154,9 +162,6 @@ class Products:
 
     Of each array it is known where it comes from: `"data"`, if the call's inputs are in it, else
     the list of its `Trace`s, empty for what is no variable.
-
-    Args:
-        variables: List of the shapes of the variables.
     """
 
     def __init__(self):

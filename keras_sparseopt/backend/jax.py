@@ -15,6 +15,7 @@ from keras_sparseopt.backend.common import (
     Products,
     Trace,
     example_shape,
+    function_of_values,
     gradient_function_by,
 )
 
@@ -239,7 +240,8 @@ def share_statistics(model):
 _ELEMENTWISE = frozenset(
     "add add_any sub mul div neg sign abs exp log tanh logistic sqrt rsqrt cbrt square integer_pow "
     "pow max min clamp convert_element_type copy copy_p select_n stop_gradient reduce_precision "
-    "sharding_constraint optimization_barrier erf sin cos".split()
+    "sharding_constraint optimization_barrier erf sin cos slice rev dynamic_slice concatenate "
+    "pad".split()
 )
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
@@ -256,16 +258,12 @@ def products_of(call, inputs, variables):
         List of `Product`s.
     """
 
-    def function(values, arrays):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
-            return call(arrays)
-
     def shaped(x):
         return jax.ShapeDtypeStruct(example_shape(x.shape), x.dtype)
 
     values = [jax.ShapeDtypeStruct(tuple(v.shape), v.dtype) for v in variables]
     arrays = keras.tree.map_structure(shaped, inputs)
-    closed = jax.make_jaxpr(function)(values, arrays)
+    closed = jax.make_jaxpr(function_of_values(call, variables))(values, arrays)
     number = len(closed.jaxpr.invars) - len(values)
     origins = [[Trace.of(i, len(v.shape))] for i, v in enumerate(variables)] + ["data"] * number
     products = Products()
@@ -292,12 +290,11 @@ def _origins(equation, operands, products):
     shapes = [tuple(atom.aval.shape) for atom in equation.invars]
     outputs = len(equation.outvars)
     if name == "dot_general":
-        (summed, batch) = params["dimension_numbers"]
+        summed, _ = params["dimension_numbers"]  # it goes along the batch, as along what stays
         sides = [
             (axes, [a for a in range(len(shape)) if a not in axes])
             for axes, shape in zip(summed, shapes)
         ]
-        del batch  # the product goes along it, as along what stays
         return [products.product(operands, sides)]
     if name == "conv_general_dilated":
         out, into, *_ = params["dimension_numbers"].rhs_spec
@@ -315,9 +312,6 @@ def _origins(equation, operands, products):
         at = {new: old for old, new in enumerate(params["broadcast_dimensions"])}
         axes = [at.get(axis) for axis in range(len(params["shape"]))]
         return [products.changed(operands[0], lambda t: t.picked(axes))]
-    if name in ("slice", "rev", "dynamic_slice", "concatenate", "pad"):
-        rank = len(equation.outvars[0].aval.shape)
-        return [products.kept(operands, [len(shape) for shape in shapes], rank)]
     if name in _ELEMENTWISE:
         rank = len(equation.outvars[0].aval.shape)
         return [products.kept(operands, [len(shape) for shape in shapes], rank)]

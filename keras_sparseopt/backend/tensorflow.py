@@ -15,6 +15,7 @@ from keras_sparseopt.backend.common import (
     Products,
     Trace,
     example_shape,
+    function_of_values,
     gradient_function_by,
 )
 from keras_sparseopt.backend.tensorflow_loop import (
@@ -321,16 +322,13 @@ def products_of(call, inputs, variables):
         List of `Product`s.
     """
 
-    def function(values, arrays):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
-            return call(arrays)
-
     def spec(x):
         return tf.TensorSpec(example_shape(x.shape), x.dtype)
 
     values = [tf.TensorSpec(tuple(v.shape), v.dtype) for v in variables]
     arrays = keras.tree.map_structure(spec, inputs)
-    traced = tf.function(function, autograph=False).get_concrete_function(values, arrays)
+    function = tf.function(function_of_values(call, variables), autograph=False)
+    traced = function.get_concrete_function(values, arrays)
     graph = traced.graph
     number = len(keras.tree.flatten(arrays))
     given = [[Trace.of(i, len(v.shape))] for i, v in enumerate(variables)] + ["data"] * number

@@ -41,7 +41,7 @@ class Schedule:
     @property
     def is_open(self):
         """Whether the end is yet to be known."""
-        return self._fixed_end is None and self.end == math.inf
+        return self.has_own_horizon and self.end == math.inf
 
     @property
     def has_own_horizon(self):
@@ -51,7 +51,7 @@ class Schedule:
     def set_length(self, first, steps):
         """The training begins at a step, and is so many steps long; `None` if that is unknown."""
         self.last = math.inf if steps is None else first + steps
-        if self._fixed_end is None:
+        if self.has_own_horizon:
             self.first = first
             self.end = math.inf if steps is None else math.ceil(first + _HORIZON * steps)
 

@@ -12,7 +12,7 @@ from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_patterns
 from keras_sparseopt.devices import build_optimizer, optimizers_by_name, use_step
 from keras_sparseopt.methods.schedule import Schedule
-from keras_sparseopt.models.conversion import masked_share
+from keras_sparseopt.models.conversion import masked_share, told_dense
 from keras_sparseopt.models.topology import is_named, sparse_weights
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 
@@ -394,9 +394,7 @@ class StepCallback(keras.callbacks.Callback):
         masked, total, dense = masked_share(model)
         text = f"{masked / total:.1%} of the {total:,} kernel weights have a mask"
         if dense:
-            names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:8])
-            more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
-            text += f"; dense: {names}{more}"
+            text += f"; dense: {told_dense(dense)}"
         print(f"{type(self).__name__}: {text}.")
 
     def _settle(self):
@@ -407,7 +405,6 @@ class StepCallback(keras.callbacks.Callback):
         self._look()
         run.first_step = run.step
         self._set_length()
-        run.next = run.schedule.next_after(run.step)
         epochs = self.params["epochs"]
         if run.schedule.is_open and self.acts and epochs - run.initial_epoch == 1:
             raise ValueError(
@@ -441,9 +438,10 @@ class StepCallback(keras.callbacks.Callback):
             per_epoch = run.first_step / run.initial_epoch
         if per_epoch is None:
             run.schedule.set_length(run.first_step, None)
-            return
-        before_this_fit = math.floor(run.first_step - run.initial_epoch * per_epoch)
-        run.schedule.set_length(max(0, before_this_fit), epochs * per_epoch)
+        else:
+            before_this_fit = math.floor(run.first_step - run.initial_epoch * per_epoch)
+            run.schedule.set_length(max(0, before_this_fit), epochs * per_epoch)
+        run.next = run.schedule.next_after(run.step)
 
     def on_epoch_begin(self, epoch, logs=None):
         run = self._run
@@ -456,7 +454,6 @@ class StepCallback(keras.callbacks.Callback):
             self._attach_state()
             self._look()
             self._set_length()
-            run.next = run.schedule.next_after(run.step)
 
     # Not `on_train_batch_end`: Keras would wait for the loss of every batch, and call it in a
     # thread beside the training. The next batch's beginning is the same point.
@@ -483,7 +480,7 @@ class StepCallback(keras.callbacks.Callback):
         model = keras_internals.model_of(self)
         return getattr(model, "optimizer", None) is not self._run.compiled_with
 
-    def _go_on_with_another(self, batches=0):
+    def _go_on_with_another(self, batches):
         """A callback has compiled the model again: the schedule goes on where it was."""
         self._attach_state()
         run, model = self._run, self.model

@@ -561,3 +561,9 @@ def masked_share(model):
     rows = [(k.variable.path, k.size, stays_dense(k) or "excluded") for k in dense]
     total = masked + sum(size for _, size, why in rows if why != "frozen")
     return masked, total, sorted(rows, key=lambda row: -row[1])
+
+
+def told_dense(dense, most=8):
+    """The largest of what `masked_share` lists, for people: string."""
+    more = f" and {len(dense) - most} more" if len(dense) > most else ""
+    return ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:most]) + more

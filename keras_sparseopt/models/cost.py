@@ -8,7 +8,7 @@ import keras
 from keras import layers as keras_layers
 
 from keras_sparseopt.backend import host
-from keras_sparseopt.models.conversion import masked_share, stays_dense
+from keras_sparseopt.models.conversion import masked_share, stays_dense, told_dense
 from keras_sparseopt.models.graph import Following
 from keras_sparseopt.models.kernels import NO_PRODUCT, kernels_of
 from keras_sparseopt.models.topology import topology_of
@@ -183,9 +183,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
             f"trainable parameters: {parameters:,}"
         )
     if dense:
-        told = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:8])
-        more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
-        text.append(f"without a mask: {told}{more}")
+        text.append(f"without a mask: {told_dense(dense)}")
     moved = [row["name"] for row in masked if row["moved"]]
     if moved:
         text.append(

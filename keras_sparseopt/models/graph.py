@@ -156,10 +156,9 @@ def _call_order(model):
         return keras_internals.all_layers(model)
     try:
         with keras_internals.calls_recorded() as called:
-            named = {name: x for name, x in inputs.items() if name is not None}
-            given = [x for name, x in inputs.items() if name is None]
-            function = functional_of(model) or model
-            keras_internals.symbolic_call(function, *given, **named)
+            keras_internals.symbolic_call(
+                lambda arrays: keras_internals.call_by_name(model, arrays), inputs
+            )
     except Exception:  # the model's own code may fail on symbolic inputs in any way
         return keras_internals.all_layers(model)
     return [layer for layer, _ in called]

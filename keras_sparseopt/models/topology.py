@@ -159,7 +159,6 @@ class Topology:
 
     def take(self, mask):
         """A first mask: what is active now is what it was given."""
-        self._announced = None
         self.replace_mask(mask, is_first=True)
 
     # ------------------------------------------------------------------ what it is
@@ -389,12 +388,11 @@ class Topology:
                 self.replace_mask(mask)
 
 
-def looks_trained_sparse(weight, nonzero=None):
+def looks_trained_sparse(weight, nonzero):
     """Whether a weight (NumPy array) has zeros that training has left, not an initializer.
 
     What an initializer leaves (zeros, an identity) has one value at most beside 0.
     """
-    nonzero = weight != 0 if nonzero is None else nonzero
     values = weight[nonzero]
     return 0 < values.size < weight.size and bool((values != values[0]).any())
 

@@ -241,7 +241,7 @@ class Mover:
             facts = facts_of(topology.geometry, value, old, numbers, optimizer.correction)
             chosen, grown = choose(*read(facts.units, value, old, gradient), facts)
             new, grown = host(facts.units.write(host(chosen))), facts.units.spread(grown)
-            del gradient, value
+            del facts, gradient, value  # the memory is that of the variables, which may be freed
             changed += int(np.count_nonzero(new & ~old))
             active += int(np.count_nonzero(new))
             if not np.array_equal(new, old):

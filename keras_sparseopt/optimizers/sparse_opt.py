@@ -221,9 +221,16 @@ class SparseOpt(WrapperOptimizer):
                 "a legacy `.h5` file. Save as `.keras`; or load with compile=False, take the "
                 "masks from the zeros with keras_sparseopt.masks_from_zeros(model), and compile."
             )
+        self._attach_told(saved, variables)
+
+    def _attach_told(self, saved, variables):
+        """Hang open masks on variables that have none, and that a file tells of: their list."""
+        new = []
         for position, at in matching(saved, variables).items():
-            if topology_of(variables[position]) is None:
+            if topology_of(variables[position]) is None and saved[at].get("attached", True):
                 attach_saved(variables[position], saved[at])
+                new.append(variables[position])
+        return new
 
     def _attach_to_zeros(self):
         """Masks for weights that were sparse once: an optimizer did not see them, being frozen."""
@@ -612,7 +619,16 @@ class SparseOpt(WrapperOptimizer):
             )
             return
         saved = json.loads(bytes(np.asarray(store["weights"], "uint8")).decode())
-        self._attach_as_told(saved)
+        new = self._attach_told(saved, keras_internals.trained_variables(self))
+        if new:
+            for variable in new:
+                variable.topology.weights_came = True
+            forget_steps(new)
+            warnings.warn(
+                f"The file holds masks of {', '.join(v.path for v in new)}, which had none: they "
+                "have them now. To train them densely call keras_sparseopt.strip.",
+                stacklevel=2,
+            )
         weights = self.weights
         found = matching(saved, [weight.variable for weight in weights])
         missing = [
@@ -627,23 +643,6 @@ class SparseOpt(WrapperOptimizer):
                 "where weights fit them; those that are not known are taken from the zeros of the "
                 "weights.",
                 stacklevel=2,
-            )
-
-    def _attach_as_told(self, saved):
-        """Masks for weights that have none here, and have one in the file that is read."""
-        trained = keras_internals.trained_variables(self)
-        new = []
-        for position, at in matching(saved, trained).items():
-            variable = trained[position]
-            if topology_of(variable) is None and saved[at]["attached"]:
-                attach_saved(variable, saved[at]).weights_came = True
-                new.append(variable)
-        if new:
-            forget_steps(new)
-            warnings.warn(
-                f"The file holds masks of {', '.join(v.path for v in new)}, which had none: they "
-                "have them now. To train them densely call keras_sparseopt.strip.",
-                stacklevel=3,
             )
 
     def _load_weight(self, weight, store, at):
@@ -700,7 +699,7 @@ def _was_sparse(variable, few):
         return False
     weight = host(variable)
     nonzero = weight != 0
-    if nonzero.all() or not looks_trained_sparse(weight, nonzero):
+    if not looks_trained_sparse(weight, nonzero):
         return False
     matrix = nonzero.reshape(-1, nonzero.shape[-1])
     reached = matrix.any(axis=1)[:, None] & matrix.any(axis=0)
