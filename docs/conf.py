@@ -88,7 +88,8 @@ def as_restructured_text(app, what, name, item, options, lines):
 
 
 GROUPS = {
-    "Make a model sparse": "sparsify set_mask masks_from_zeros prune_at_init strip",
+    "Make a model sparse": "sparsify set_mask masks_from_zeros prune_at_init condense uncondense "
+    "strip",
     "Layers sparse by construction": "SparseDense SparseConv1D SparseConv2D SparseConv3D "
     "SparseEinsumDense SparseHeNormal",
     "Optimizers": "SparseOpt HAM",
@@ -97,7 +98,7 @@ GROUPS = {
     "Look at it": "summary layer_costs sparse_weights sparse_layers connectivity GradientFlow "
     "report itop_rate effective_gradient_flow gradient_flow gradient_skew measured_skew "
     "mask_overlap",
-    "After training": "export_tflite sparse_inference_report save_packed load_packed condense "
+    "After training": "export_tflite sparse_inference_report save_packed load_packed "
     "csr_matrices compact",
     "Several devices, and resuming": "resolve_strategy fit_distributed assert_replicas_agree "
     "BackupAndRestore",

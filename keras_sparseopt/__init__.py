@@ -15,7 +15,6 @@ from keras_sparseopt.analysis.report import report
 from keras_sparseopt.backup import BackupAndRestore
 from keras_sparseopt.deployment import (
     compact,
-    condense,
     csr_matrices,
     export_tflite,
     load_packed,
@@ -41,6 +40,7 @@ from keras_sparseopt.methods import (
     Static,
 )
 from keras_sparseopt.models.at_init import prune_at_init
+from keras_sparseopt.models.condensing import condense, uncondense
 from keras_sparseopt.models.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.models.cost import layer_costs, summary
 from keras_sparseopt.models.initializers import SparseHeNormal
@@ -111,5 +111,6 @@ __all__ = [
     "sparsify",
     "strip",
     "summary",
+    "uncondense",
     "uniform",
 ]

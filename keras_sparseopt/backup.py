@@ -171,7 +171,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         """All that a training consists of, in an order that is the same in every process."""
         model = self.model
         optimizers = optimizers_of(model)
-        transient = {id(v) for o in self._sparse_opts() for v in o.transient_variables}
+        transient = {
+            id(v)
+            for optimizer in self._sparse_opts()
+            for v in (*optimizer.transient_variables, *optimizer.seen_variables)
+        }
         everything = [*model.variables, *(v for o in optimizers for v in o.variables)]
         return [v for v in {id(v): v for v in everything}.values() if id(v) not in transient]
 

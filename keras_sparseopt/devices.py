@@ -241,7 +241,7 @@ def assert_replicas_agree(model: Any) -> None:
         kernels = variables
     else:
         raise ValueError(f"`model` must be a Keras model or optimizer. Received: model={model!r}")
-    variables += [k.topology.mask for k in kernels if topology_of(k) is not None]
+    variables += [k.topology.filled_pattern for k in kernels if topology_of(k) is not None]
     variables += [] if optimizer is None else list(optimizer.variables)
     variables = list({id(v): v for v in variables}.values())
     variables = [v for v in variables if getattr(v, "synchronization", "") != "on_read"]

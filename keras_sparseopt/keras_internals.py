@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras.src import backend
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.saving import object_registration
 
 __all__ = ["in_stateless_scope"]
 
@@ -147,6 +148,11 @@ def variable_index(optimizer, variable):
     return optimizer._trainable_variables_indices.get(optimizer._var_key(variable))
 
 
+def variable_key(optimizer, variable):
+    """What an optimizer knows a variable by."""
+    return optimizer._var_key(variable)
+
+
 def trained_variables(optimizer):
     """The variables that an optimizer was built with."""
     return optimizer._trainable_variables
@@ -160,6 +166,45 @@ def own_variables(optimizer):
 def track(optimizer, variable):
     """Make a variable one of an optimizer's own."""
     optimizer._track_variable(variable)
+
+
+def untrack(optimizer, variable):
+    """Let go of one of an optimizer's own variables, if it is one."""
+    if any(own is variable for own in optimizer._variables):
+        optimizer._untrack_variable(variable)
+
+
+def store_as(optimizer, written, read):
+    """Let files hold an optimizer's variables in another form.
+
+    Args:
+        optimizer: Keras optimizer.
+        written: Function of a variable: what files hold of it; `None` for its value.
+        read: Function of a variable and what a file holds: its value; `None` for that itself.
+    """
+    kind = type(optimizer)
+
+    def save_own_variables(store):
+        own: dict = {}
+        kind.save_own_variables(optimizer, own)
+        for i, variable in enumerate(optimizer.variables):
+            value = written(variable) if str(i) in own else None
+            if value is not None:
+                own[str(i)] = value
+        for name, value in own.items():
+            store[name] = value
+
+    def load_own_variables(store):
+        own = {name: store[name] for name in store.keys()}
+        for i, variable in enumerate(optimizer.variables):
+            value = read(variable, own[str(i)]) if str(i) in own else None
+            if value is not None:
+                own[str(i)] = value
+        kind.load_own_variables(optimizer, own)
+
+    # Through `__dict__`: Keras tracks attributes that are set the usual way.
+    optimizer.__dict__["save_own_variables"] = save_own_variables
+    optimizer.__dict__["load_own_variables"] = load_own_variables
 
 
 def averages(optimizer):
@@ -305,23 +350,90 @@ def calls_recorded():
         keras.layers.Layer.__call__ = original
 
 
-def layers_of_graphs(model):
-    """The layers that the config of a functional or sequential model holds, of nested ones too."""
-    is_of_keras = type(model).__module__.startswith("keras.")  # others have a config of their own
-    functional = functional_of(model) if is_of_keras else None
-    found: list = []
-    for operation in () if functional is None else functional.operations:
-        found += [operation, *layers_of_graphs(operation)]
-    return found
+def file_as(kind, other):
+    """Let files name a class as another one that was registered."""
+    name = object_registration.GLOBAL_CUSTOM_NAMES.get(other)
+    if name is not None:
+        object_registration.GLOBAL_CUSTOM_NAMES[kind] = name
 
 
-def become(layer, other):
-    """Let a layer be another one, wherever it lies: in graphs, in layers, in lists."""
-    names = "_inbound_nodes", "_outbound_nodes", "_build_shapes_dict"
-    place = {name: vars(layer)[name] for name in names if name in vars(layer)}
-    layer.__class__ = type(other)
-    vars(layer).clear()
-    vars(layer).update({**vars(other), **place})
+def add_weight(layer, **arguments):
+    """Give a built layer one more weight."""
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    variable = layer.add_weight(**arguments)
+    if locked:
+        layer._tracker.lock()
+    return variable
+
+
+def is_training(layer):
+    """Whether a layer is called in training, as far as the caller has said so."""
+    return bool(layer._get_call_context().get_value("training"))
+
+
+def exchange(variable, value):
+    """Give a variable a value of another shape; whoever holds the variable goes on with it.
+
+    Args:
+        variable: Keras variable.
+        value: NumPy array.
+    """
+    holders = [(o, o._var_key(variable)) for o in optimizers_with(variable)]
+    variable._shape, variable._ndim = tuple(value.shape), value.ndim
+    variable._layout = None  # of another rank; JAX asks the distribution again
+    variable._initialize(variable._convert_to_tensor(value, dtype=variable._dtype))
+    for optimizer, before in holders:
+        now = optimizer._var_key(variable)
+        indices = optimizer._trainable_variables_indices
+        indices[now] = indices.pop(before)
+        excluded: set = getattr(optimizer, "_exclude_from_weight_decay", set())
+        if before in excluded:
+            excluded.remove(before)
+            excluded.add(now)
+        optimizer._exclude_from_weight_decay_cache = {}
+
+
+def optimizers_with(variable):
+    """The optimizers that were built with a variable; nothing leads to them from it."""
+    found = [x for x in gc.get_objects() if issubclass(type(x), keras.optimizers.Optimizer)]
+    return [
+        optimizer
+        for optimizer in found
+        if any(v is variable for v in getattr(optimizer, "_trainable_variables", ()))
+    ]
+
+
+def optimizers_around(optimizer):
+    """The optimizers that an optimizer is inside of; nothing leads to them from it."""
+    found = [x for x in gc.get_objects() if issubclass(type(x), keras.optimizers.Optimizer)]
+    return [x for x in found if getattr(x, "inner_optimizer", None) is optimizer]
+
+
+def pair_with(optimizer, variables):
+    """Let an optimizer pair the gradients that it gets with these variables."""
+    optimizer.__dict__["_trainable_variables"] = variables  # untracked: they are not its own
+
+
+def forbid_training(model, error):
+    """Let `fit` raise an error, before it has taken the state out of the variables."""
+
+    def make_train_function(force=False):
+        raise error
+
+    vars(model)["make_train_function"] = make_train_function
+
+
+def allow_training(model):
+    vars(model).pop("make_train_function", None)
+
+
+def replace_wrapped(layer, name, function):
+    """What Keras has bound to a layer when it was made, such as `quantize`; what was there."""
+    before = vars(layer).pop(name, None)
+    if function is not None:
+        vars(layer)[name] = function
+    return before
 
 
 def symbolic_call(function, *args, **kwargs):

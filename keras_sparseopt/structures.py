@@ -9,7 +9,6 @@ that masks need.
 import dataclasses
 import functools
 import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,9 @@ import numpy as np
 
 from keras_sparseopt import masks
 from keras_sparseopt.backend import compiled
-from keras_sparseopt.checks import check_int
+from keras_sparseopt.checks import check_bool, check_int
 
+_NARROWEST = 16  # neurons of a balanced tile that were not asked for
 _registered = keras.saving.register_keras_serializable(package="keras_sparseopt")
 
 
@@ -34,6 +34,7 @@ class Structure:
     |---|---|---|---|
     | `Unstructured()` | a weight | all of the kernel | any |
     | `Block(inputs, neurons)` | a tile | all of the kernel | any, in tiles |
+    | `Block(…, balanced=True)` | a tile | those of a group of neurons | any, in tiles per group |
     | `NM(n, m)` | a weight | `m` neighbouring inputs of a neuron | 1 − n/m |
     | `ConstantFanIn()` | a weight | all of a neuron | any, in weights per neuron |
     """
@@ -158,12 +159,20 @@ class Block(Structure):
     TFLite has a sparse kernel for tiles of 4 inputs × 1 neuron. Where a size is no multiple, the
     last tile is shorter. The number of active *tiles* is exact.
 
+    Balanced, the neurons are cut into groups of `neurons`, which share their inputs, and every
+    group has the same number of tiles: what `condense` stores and multiplies without zeros. A
+    growing method exchanges tiles within the groups. A tile of a convolution spans its window.
+    Where `neurons` does not divide the width of a layer, the largest divisor between 16 and
+    `neurons` is taken; where there is none, the last group is narrower, and the weight cannot be
+    condensed.
+
     Args:
         inputs: Int, inputs of a tile, defaults to 4.
         neurons: Int, neurons of a tile, defaults to 1.
+        balanced: Bool, defaults to `False`, whether all groups have the same number of tiles.
 
     Raises:
-        ValueError: If they are not ints ≥ 1, or both 1.
+        ValueError: If they are not ints ≥ 1, or both 1; or for a `balanced` that is no bool.
 
     Example:
 
@@ -184,54 +193,84 @@ class Block(Structure):
 
     inputs: int = 4
     neurons: int = 1
+    balanced: bool = False
     cuts = True
     unit_is_weight = False
 
     def __post_init__(self):
         for argument in ("inputs", "neurons"):
             check_int(argument, getattr(self, argument), 1)
+        check_bool("balanced", self.balanced)
         if self.inputs == self.neurons == 1:
             raise ValueError(
                 "A block must hold more than one weight; for single weights use Unstructured(). "
                 "Received: inputs=1, neurons=1"
             )
 
+    def __repr__(self):
+        return f"Block({self.inputs}, {self.neurons}{', balanced=True' if self.balanced else ''})"
+
+    def width(self, neurons):
+        """The neurons of a tile in a kernel of so many: int."""
+        if not self.balanced or neurons % self.neurons == 0:
+            return self.neurons
+        fitting = (w for w in range(self.neurons, _NARROWEST - 1, -1) if neurons % w == 0)
+        return next(fitting, self.neurons)
+
     def of_neurons(self, matrix):
-        return matrix[:, :, :: self.neurons]  # those of a tile have the same mask
+        return matrix[:, :, :: self.width(matrix.shape[2])]  # those of a tile have the same mask
 
     def unit_shape(self, shape):
         spatial, inputs, neurons = shape
-        return spatial, -(-inputs // self.inputs), -(-neurons // self.neurons)
+        windows = 1 if self.balanced else spatial
+        return windows, -(-inputs // self.inputs), -(-neurons // self.width(neurons))
 
     def shares(self, shape):
-        sizes = [
-            _lengths(length, tile) for length, tile in zip(shape[1:], (self.inputs, self.neurons))
-        ]
+        tile = self.inputs, self.width(shape[2])
+        sizes = [_lengths(length, part) for length, part in zip(shape[1:], tile)]
         if all((size == size[0]).all() for size in sizes):
             return None
         # Multiplied with: compilers do not all divide alike.
-        return (np.float32(1) / np.outer(*sizes).astype("float32"))[None]
+        windows = shape[0] if self.balanced else 1
+        return (np.float32(1) / (windows * np.outer(*sizes)).astype("float32"))[None]
 
     def cut(self, matrix, combine):
-        matrix = _padded(matrix, self.inputs, self.neurons)
+        width = self.width(matrix.shape[2])
+        matrix = _padded(matrix, self.inputs, width)
         spatial, inputs, neurons = matrix.shape
         tiles = masks.xp_of(matrix).reshape(
-            matrix,
-            (spatial, inputs // self.inputs, self.inputs, neurons // self.neurons, self.neurons),
+            matrix, (spatial, inputs // self.inputs, self.inputs, neurons // width, width)
         )
+        if self.balanced:
+            tiles = functools.reduce(combine, [tiles[i : i + 1] for i in range(spatial)])
         # One by one: sums in the same order are equal, bit for bit, on every backend.
         columns = functools.reduce(combine, [tiles[:, :, i] for i in range(self.inputs)])
-        return functools.reduce(combine, [columns[..., j] for j in range(self.neurons)])
+        return functools.reduce(combine, [columns[..., j] for j in range(width)])
 
     def join(self, units, shape):
-        xp = masks.xp_of(units)
-        spatial, inputs, neurons = units.shape
+        xp, width = masks.xp_of(units), self.width(shape[2])
+        _, inputs, neurons = units.shape
         tiles = xp.broadcast_to(
-            xp.reshape(units, (spatial, inputs, 1, neurons, 1)),
-            (spatial, inputs, self.inputs, neurons, self.neurons),
+            xp.reshape(units, (units.shape[0], inputs, 1, neurons, 1)),
+            (shape[0], inputs, self.inputs, neurons, width),
         )
-        spread = xp.reshape(tiles, (spatial, inputs * self.inputs, neurons * self.neurons))
+        spread = xp.reshape(tiles, (shape[0], inputs * self.inputs, neurons * width))
         return spread[:, : shape[1], : shape[2]]
+
+    def group_axes(self, fan_in_axes):
+        return (1,) if self.balanced else None
+
+    def fewest(self, count, present, sizes):
+        return _equal_shares(count, present)
+
+    def allowed(self, wanted, sizes):
+        if not self.balanced:
+            return wanted
+        xp = masks.xp_of(wanted)
+        return xp.zeros_like(wanted) + xp.max(wanted)
+
+    def nearest(self, count, sizes, repeats):
+        return _equal_count(count, repeats if self.balanced else 1)
 
 
 @_registered
@@ -360,16 +399,26 @@ class ConstantFanIn(Structure):
         return fan_in_axes
 
     def fewest(self, count, present, sizes):
-        remaining = masks.count(present > 0)
-        each = masks.xp_of(present).floor_divide(count, remaining)
-        return masks.xp_of(present).minimum(present, each)
+        return _equal_shares(count, present)
 
     def allowed(self, wanted, sizes):
         xp = masks.xp_of(wanted)
         return xp.where(wanted > 0, xp.max(wanted), wanted)
 
     def nearest(self, count, sizes, repeats):
-        return max(1, round(count / repeats)) * repeats
+        return _equal_count(count, repeats)
+
+
+def _equal_shares(count, present):
+    """What each group has of `count` units, where all that have some have as many."""
+    remaining = masks.count(present > 0)
+    each = masks.xp_of(present).floor_divide(count, remaining)
+    return masks.xp_of(present).minimum(present, each)
+
+
+def _equal_count(count, groups):
+    """The number closest to `count` of which each group has as many, and one at least."""
+    return max(1, round(count / groups)) * groups
 
 
 def _lengths(length, part):
@@ -435,24 +484,6 @@ def shared_budget(structures, scores, free, sparsity):
     return counts
 
 
-class Geometry(typing.NamedTuple):
-    """What weights have in common whose mask updates are one compiled function.
-
-    Attributes:
-        structure: `Structure`.
-        neuron_axes, input_axes, skew_correction: As in `Topology`.
-    """
-
-    structure: Structure
-    neuron_axes: tuple
-    input_axes: tuple
-    skew_correction: bool
-
-    def units(self, shape):
-        """`Units` of a kernel of this shape."""
-        return units_of(self.structure, tuple(shape), self.neuron_axes, self.input_axes)
-
-
 @functools.lru_cache(maxsize=1024)
 def units_of(structure, shape, neuron_axes, input_axes):
     """The `Units` of a structure on a kernel, made once."""
@@ -472,27 +503,33 @@ class Units:
         structure: `Structure`.
         shape: The kernel's shape.
         neuron_axes, input_axes: As in `Topology`.
+
+    Attributes:
+        structure, shape: As given.
+        matrix_shape: Tuple of ints, the kernel as (spatial, inputs, neurons).
+        unit_shape: Tuple of ints, the shape of an array of units.
+        total: Int, how many units there are.
     """
 
     def __init__(self, structure, shape, neuron_axes, input_axes):
-        self._structure = structure
-        self._shape = shape = tuple(shape)
+        self.structure = structure
+        self.shape = shape = tuple(shape)
         self._neuron_axes = neuron_axes
         inputs = tuple(axis for axis in input_axes if axis not in neuron_axes)
         spatial = tuple(a for a in range(len(shape)) if a not in (*inputs, *neuron_axes))
         self._order = *spatial, *inputs, *neuron_axes
         self._num_inputs = len(inputs)
-        self._matrix = tuple(
+        self.matrix_shape = tuple(
             math.prod(shape[axis] for axis in axes) for axes in (spatial, inputs, neuron_axes)
         )
-        seen = self._matrix if structure.cuts else shape
-        self._unit_shape = structure.unit_shape(seen)
+        seen = self.matrix_shape if structure.cuts else shape
+        self.unit_shape = structure.unit_shape(seen)
         self._shares = structure.shares(seen)
         self._group_axes = structure.group_axes(masks.fan_in_axes(len(shape), neuron_axes))
-        self._group_sizes = structure.group_sizes(self._unit_shape, seen, self._group_axes)
-        competing = range(len(self._unit_shape)) if self._group_axes is None else self._group_axes
+        self._group_sizes = structure.group_sizes(self.unit_shape, seen, self._group_axes)
+        competing = range(len(self.unit_shape)) if self._group_axes is None else self._group_axes
         groups = math.prod(
-            size for axis, size in enumerate(self._unit_shape) if axis not in competing
+            size for axis, size in enumerate(self.unit_shape) if axis not in competing
         )
         # How many groups there are of each of the sizes.
         self._repeats = groups // self._group_sizes.size
@@ -500,7 +537,7 @@ class Units:
 
     # ------------------------------------------------------------------ read and write
 
-    def _matrix_of(self, array):
+    def matrix_of(self, array):
         """An array of the kernel's rank as (spatial, inputs, neurons); axes of size 1 stay so."""
         xp, neurons = masks.xp_of(array), len(self._order) - len(self._neuron_axes)
         inputs = neurons - self._num_inputs
@@ -509,20 +546,23 @@ class Units:
         return xp.reshape(moved, [math.prod(part) for part in parts])
 
     def _cut(self, array, combine):
-        if not self._structure.cuts:
+        if not self.structure.cuts:
             return array
-        return self._structure.cut(self._matrix_of(array), combine)
+        return self.structure.cut(self.matrix_of(array), combine)
 
     def scores(self, values):
         """The score of each unit: the sum over it; the mean, where a last tile is shorter."""
-        if self._structure.unit_is_weight:
+        if self.structure.unit_is_weight:
             return self._cut(values, None)
-        scores = self._cut(masks.as_float(values), masks.xp_of(values).add)
-        return scores if self._shares is None else scores * self._shares
+        return self.shared(self._cut(masks.as_float(values), masks.xp_of(values).add))
+
+    def shared(self, sums):
+        """The scores of units, of the sums over them."""
+        return sums if self._shares is None else sums * self._shares
 
     def magnitudes(self, values):
         """What stands for each unit: a single weight's value, or the score of magnitudes."""
-        return self.scores(values if self._structure.unit_is_weight else abs(values))
+        return self.scores(values if self.structure.unit_is_weight else abs(values))
 
     def active(self, mask):
         """Which units are active: bool array."""
@@ -530,23 +570,25 @@ class Units:
 
     def of_neurons(self, scale):
         """One number per neuron, as it broadcasts over the kernel, as it does over the units."""
-        if not self._structure.cuts:
+        if not self.structure.cuts:
             return scale
-        return self._structure.of_neurons(self._matrix_of(scale))
+        return self.structure.of_neurons(self.matrix_of(scale))
 
     def write(self, units):
         """The array of the kernel's shape that has the value of its unit everywhere."""
-        if not self._structure.cuts:
+        if not self.structure.cuts:
             return units
-        xp = masks.xp_of(units)
-        moved = xp.reshape(
-            self._structure.join(units, self._matrix), [self._shape[axis] for axis in self._order]
-        )
+        return self.kernel_of(self.structure.join(units, self.matrix_shape))
+
+    def kernel_of(self, matrix):
+        """What `matrix_of` was given, of the kernel's shape."""
+        xp = masks.xp_of(matrix)
+        moved = xp.reshape(matrix, [self.shape[axis] for axis in self._order])
         return xp.transpose(moved, [self._order.index(axis) for axis in range(len(self._order))])
 
     def spread(self, values):
         """`write` for an array of units; what has the kernel's shape, and `None`, stay."""
-        is_whole = values is None or tuple(values.shape) == self._shape
+        is_whole = values is None or tuple(values.shape) == self.shape
         return values if is_whole else self.write(values)
 
     @property
@@ -557,10 +599,10 @@ class Units:
     def _exists(self):
         """`False` at what fills up a shorter last group; broadcasts over the units."""
         if self._group_axes is None or len(self._group_axes) > 1:
-            return np.ones((1,) * len(self._unit_shape), bool)
+            return np.ones((1,) * len(self.unit_shape), bool)
         (axis,) = self._group_axes
-        shape = [-1 if a == axis else 1 for a in range(len(self._unit_shape))]
-        return np.arange(self._unit_shape[axis]).reshape(shape) < self._group_sizes
+        shape = [-1 if a == axis else 1 for a in range(len(self.unit_shape))]
+        return np.arange(self.unit_shape[axis]).reshape(shape) < self._group_sizes
 
     def _by_group(self, units):
         return masks.count(units, self._group_axes)
@@ -581,8 +623,8 @@ class Units:
 
     def nearest(self, weights):
         """The number of active units, closest to a number of weights, that can be: int."""
-        count = round(weights * self.total / math.prod(self._shape))
-        return min(self._structure.nearest(count, self._group_sizes, self._repeats), self.total)
+        count = round(weights * self.total / math.prod(self.shape))
+        return min(self.structure.nearest(count, self._group_sizes, self._repeats), self.total)
 
     # ------------------------------------------------------------------ choices, of units
 
@@ -608,10 +650,10 @@ class Units:
         if self._group_axes is None:
             return masks.prune(values, active, count)
         xp = masks.xp_of(active)
-        fewest = self._structure.fewest(count, self._by_group(active), self._group_sizes)
+        fewest = self.structure.fewest(count, self._by_group(active), self._group_sizes)
         keys = masks.magnitude_keys(values, active)
         always = xp.logical_and(masks.top(keys, fewest, self._group_axes), active)
-        if not self._structure.has_a_way:
+        if not self.structure.has_a_way:
             return always
         number = xp.minimum(xp.maximum(count, masks.count(always)), masks.count(active))
         return masks.top(xp.where(always, masks.HIGHEST, keys), number)
@@ -622,11 +664,15 @@ class Units:
 
     def random_mask(self, count, seed):
         """A uniformly random mask with exactly `count` active units: NumPy array, of weights."""
+        return self.write(self.random_units(count, seed))
+
+    def random_units(self, count, seed):
+        """The active units of `random_mask`: NumPy array of units."""
         if self._group_axes is None:
-            return self.write(masks.random_mask(self._unit_shape, count, seed))
-        everything = np.broadcast_to(self._exists(), self._unit_shape)
-        draws = np.random.default_rng(seed).random(self._unit_shape, dtype="float32")
-        return self.write(self.prune(draws, everything, np.int32(count)))
+            return masks.random_mask(self.unit_shape, count, seed)
+        everything = np.broadcast_to(self._exists(), self.unit_shape)
+        draws = np.random.default_rng(seed).random(self.unit_shape, dtype="float32")
+        return self.prune(draws, everything, np.int32(count))
 
     # ------------------------------------------------------------------ masks from elsewhere
 
@@ -648,7 +694,7 @@ class Units:
             number = masks.count(active)
             return outside, number, number, mask
         needed, present = self._by_group(wanted), self._by_group(active)
-        least = self._structure.allowed(needed, self._group_sizes)
+        least = self.structure.allowed(needed, self._group_sizes)
         numbers = xp.where(xp.all(needed <= present), present, least)
         new = self.write(self._with_numbers(wanted, active, numbers))
         return outside, xp.sum(numbers), xp.sum(present), new
@@ -661,24 +707,24 @@ class Units:
         """
         wanted = self.active(wanted)
         counts = self._by_group(wanted)
-        if not self._structure.is_finished(counts, self._group_sizes):
-            raise ValueError(f"what is not 0 does not fit {self._structure}")
-        numbers = self._structure.allowed(counts, self._group_sizes)
+        if not self.structure.is_finished(counts, self._group_sizes):
+            raise ValueError(f"what is not 0 does not fit {self.structure}")
+        numbers = self.structure.allowed(counts, self._group_sizes)
         return self.write(self._with_numbers(wanted, wanted, numbers))
 
     def holds(self, mask):
         """Whether a NumPy mask has the structure: bool."""
-        if not self._structure.cuts and self._group_axes is None:
+        if not self.structure.cuts and self._group_axes is None:
             return True
         active = self.active(mask)
         counts = self._by_group(active)
-        allowed = self._structure.allowed(counts, self._group_sizes)
+        allowed = self.structure.allowed(counts, self._group_sizes)
         return bool(np.array_equal(counts, allowed) and np.array_equal(self.write(active), mask))
 
     def is_finished(self, mask):
         """Whether a NumPy mask is not only passed through by `GMP`: bool."""
         counts = self._by_group(self.active(mask))
-        return self._structure.is_finished(counts, self._group_sizes)
+        return self.structure.is_finished(counts, self._group_sizes)
 
     def _with_numbers(self, first, second, numbers):
         """So many units of each group: first those of `first`, then of `second`, then others."""

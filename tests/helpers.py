@@ -66,7 +66,7 @@ def assert_invariants(model, optimizer=None):
     for weight in (optimizer or sparse_opt(model)).weights:
         inactive = ~array(weight.topology.mask)
         assert np.isfinite(array(weight.variable)).all()
-        assert np.array_equal(array(weight.mask), ~inactive)
+        assert np.array_equal(array(weight.held), ~inactive)
         for slot in weight.slots:
             assert not array(slot)[inactive].any(), slot.path
         if weight.scale is not None:

@@ -1,73 +1,862 @@
-"""Layers that multiply without their zeros: the same outputs, wherever they lie."""
+"""Condensed weights: the same training as masked, wherever they lie; files of the plain model."""
+
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
 import keras
 import numpy as np
 import pytest
-from helpers import array, compiled
+from helpers import array, assert_invariants, compiled, sparse_opt
 from keras import layers
 
 import keras_sparseopt as kso
-from keras_sparseopt.deployment.condensed import CondensedDense
+from keras_sparseopt.backend import compiled as compile_function
+from keras_sparseopt.forms import Geometry
+from keras_sparseopt.models.condensed import CondensedLayer, by_neuron
+from keras_sparseopt.structures import units_of
+
+BALANCED = kso.Block(1, 16, balanced=True)
+PADDED = kso.Block(5, 16, balanced=True)
+
+
+def network(structure=BALANCED, sparsity=0.7, regularizer=None, seed=1):
+    """Two layers that can be condensed, and two that stay as they are."""
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [
+            keras.Input((12,)),
+            layers.Dense(32, "relu", kernel_regularizer=regularizer),
+            layers.Dense(48, use_bias=False),
+            layers.BatchNormalization(),
+            layers.Dense(3),
+        ]
+    )
+    rules = {model.layers[i].name: structure for i in (0, 1)}
+    kso.sparsify(model, sparsity, distribution="uniform", structure=rules)
+    return model
+
+
+def data(n=48):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, 12)).astype("float32"), rng.integers(0, 3, n)
+
+
+def fit(model, *callbacks, first=0, last=2, **options):
+    x, y = data()
+    return model.fit(
+        x, y, batch_size=8, shuffle=False, verbose=0, initial_epoch=first, epochs=last,
+        callbacks=list(callbacks), **options,
+    ).history  # fmt: skip
+
+
+def sgd():
+    return kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9))
+
+
+def assert_same(one, other, tolerance=2e-5):
+    """The same masks, kernels and slots up to rounding, whatever the forms."""
+    pairs = list(zip(kso.sparse_weights(one), kso.sparse_weights(other), strict=True))
+    for a, b in pairs:
+        a, b = a.topology, b.topology
+        assert np.array_equal(array(a.mask), array(b.mask)), a.name
+        np.testing.assert_allclose(array(a.kernel), array(b.kernel), tolerance, tolerance)
+        assert not array(b.kernel)[~array(b.mask)].any()
+        for x, y in zip(a.optimizers, b.optimizers):
+            slots = zip(x.weight_of(a.variable).slots, y.weight_of(b.variable).slots, strict=True)
+            for mine, its in slots:
+                np.testing.assert_allclose(a.plain(mine), b.plain(its), tolerance, tolerance)
+            assert x.itop_rate() == y.itop_rate()
+    assert pairs
+
+
+# ---------------------------------------------------------------------- the arithmetic
+
+KERNELS = [
+    ((10, 6), (1,), (0,), 2, 3),
+    ((7, 8), (1,), (0,), 3, 4),  # the last tile is shorter
+    ((5, 2, 4), (1, 2), (0,), 1, 4),  # heads
+    ((2, 3, 6), (2,), (0, 1), 2, 2),  # back from heads
+    ((3, 5, 4), (2,), (1,), 2, 2),  # a window
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "×".join(map(str, k[0])))
+def test_the_form_is_the_kernel_without_its_zeros(kernel):
+    shape, neuron_axes, input_axes, p, c = kernel
+    structure = kso.Block(p, c, balanced=True)
+    units = units_of(structure, shape, neuron_axes, input_axes)
+    geometry = Geometry(structure, shape, neuron_axes, input_axes, True)
+    total = units.unit_shape[1] * units.unit_shape[2]
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        count = units.nearest(units.nearest(round(0.4 * np.prod(shape))) * np.prod(shape) // total)
+        old, new = (units.random_mask(count, [seed, i]) for i in range(2))
+        tiles = int(units.num_active(old)) // units.unit_shape[2]
+        form, masked = geometry._replace(tiles=tiles).form, geometry.form
+        kernel = np.where(old, rng.normal(size=shape), 0).astype("float32")
+        start = rng.normal(size=shape).astype("float32")
+        gradient = rng.normal(size=shape).astype("float32")
+
+        def run(kernel, start, gradient, old, new, form=form):
+            at, then = form.of_mask(old), form.of_mask(new)
+            values = form.stored(kernel, at)
+            moved = [form.moved(values, at, then), form.moved(values, at, then, start)]
+            return (
+                values, at, form.plain(values, at), form.mask(at), form.held(at),
+                *(form.plain(v, then) for v in moved), *form.read(values, at, gradient),
+                form.count(at), form.num_grown(at, then), form.mean_magnitude(values, at),
+                form.bits(at),
+            )  # fmt: skip
+
+        found = run(kernel, start, gradient, old, new)
+        values, at, plain, mask, held, moved, grown, *read, number, more, mean, bits = found
+        assert values.shape == form.values_shape() and np.array_equal(np.sort(at), at)
+        assert np.array_equal(plain, kernel) and np.array_equal(mask, old)
+        # the same as the masked form, which is checked against oracles of its own, bit for bit
+        assert np.array_equal(moved, np.where(old & new, kernel, 0))
+        assert np.array_equal(grown, np.where(old & new, kernel, np.where(new, start, 0)))
+        for mine, its in zip(read, masked.read(kernel, old, gradient), strict=True):
+            assert np.array_equal(mine, its)
+        assert number == old.sum() and more == (new & ~old).sum()
+        np.testing.assert_allclose(mean, np.abs(kernel).sum() / old.sum(), rtol=1e-5)
+        # what reaches beyond the inputs is 0
+        assert values.size - old.sum() == (
+            0 if held is None else np.sum(~np.broadcast_to(held, values.shape))
+        )
+        # bits: by tile inside, by weight in files
+        assert form.count_bits(bits) == old.sum()
+        assert np.array_equal(form.bits_of_weights(bits), masked.bits(old))
+        assert np.array_equal(form.bits_from_weights(masked.bits(old)), bits)
+        if seed < 2:
+            tensors = map(keras.ops.convert_to_tensor, (kernel, start, gradient, old, new))
+            for mine, its in zip(compile_function(run)(*tensors), found, strict=True):
+                if its is not mean and its is not None:
+                    assert np.array_equal(array(mine), its)
+
+
+# ---------------------------------------------------------------------- layers
 
 KINDS = {
-    "dense": lambda: (layers.Dense(7, "relu"), (5,)),
-    "dense of rank 3": lambda: (layers.Dense(7, use_bias=False), (3, 5)),
-    "query": lambda: (layers.EinsumDense("abc,cde->abde", (3, 2, 4), bias_axes="de"), (3, 5)),
-    "output": lambda: (layers.EinsumDense("abcd,cde->abe", (3, 6), bias_axes="e"), (3, 2, 5)),
-    "ellipsis": lambda: (layers.EinsumDense("...x,xy->...y", (3, 6), activation="tanh"), (3, 5)),
-    "turned": lambda: (layers.EinsumDense("abc,dc->adb", (6, 3)), (3, 5)),
-    "two axes": lambda: (layers.EinsumDense("abc,ecb->ae", (6,), bias_axes="e"), (3, 5)),
-    "convolution": lambda: (layers.Conv2D(7, 1, activation="relu"), (2, 3, 5)),
-    "convolution of rank 1": lambda: (layers.Conv1D(7, 1), (4, 5)),
+    "dense": lambda: (layers.Dense(32, "relu"), (12,)),
+    "dense of rank 3": lambda: (layers.Dense(32, use_bias=False), (3, 12)),
+    "query": lambda: (layers.EinsumDense("abc,cde->abde", (3, 2, 16), bias_axes="de"), (3, 12)),
+    "output": lambda: (layers.EinsumDense("abcd,cde->abe", (3, 32), bias_axes="e"), (3, 2, 6)),
+    "ellipsis": lambda: (layers.EinsumDense("...x,xy->...y", 16, activation="tanh"), (3, 12)),
+    "turned": lambda: (layers.EinsumDense("abc,dc->adb", (16, 3)), (3, 12)),
+    "two axes": lambda: (layers.EinsumDense("abc,ecb->ae", (16,), bias_axes="e"), (3, 4)),
+    "1×1": lambda: (layers.Conv2D(32, 1, activation="relu"), (2, 3, 12)),
+    "3×3": lambda: (layers.Conv2D(32, 3, activation="relu"), (5, 4, 12)),
+    "same": lambda: (layers.Conv2D(16, (3, 2), padding="same", use_bias=False), (5, 4, 12)),
+    "strides": lambda: (layers.Conv2D(16, 3, (2, 1), "same"), (6, 5, 12)),
+    "strides of 1×1": lambda: (layers.Conv2D(16, 1, 2), (4, 5, 12)),
+    "dilation": lambda: (layers.Conv2D(16, 3, padding="same", dilation_rate=2), (6, 5, 12)),
+    "causal": lambda: (layers.Conv1D(16, 3, padding="causal", dilation_rate=2), (7, 12)),
+    "rank 1": lambda: (layers.Conv1D(16, 4, 3, padding="same"), (8, 12)),
+    "rank 3": lambda: (layers.Conv3D(16, 2), (3, 3, 2, 12)),
+    "channels first": lambda: (
+        layers.Conv2D(16, 3, 2, "same", data_format="channels_first"),
+        (12, 5, 6),
+    ),
+    "whole width": lambda: (layers.Dense(24), (12,)),  # 24 is no multiple of 16
 }
-OTHERS = {
-    "3×3": lambda: (layers.Conv2D(7, 3), (4, 4, 5)),
-    "stride": lambda: (layers.Conv2D(7, 1, 2), (4, 4, 5)),
-    "groups": lambda: (layers.Conv2D(6, 1, groups=2), (4, 4, 4)),
-    "channels": lambda: (layers.EinsumDense("abc,bcd->abd", (3, 6)), (3, 5)),  # a kernel per b
-    "embedding": lambda: (layers.TimeDistributed(layers.GRU(4)), (3, 2, 5)),
-}
 
 
-def network(make, seed=0, zeros=0.8):
-    layer, shape = make()
-    model = keras.Sequential([keras.Input(shape), layer])
-    rng = np.random.default_rng(seed)
-    for variable in layer.weights:
-        value = rng.normal(size=variable.shape)
-        if len(variable.shape) > 1:
-            value *= rng.random(variable.shape) >= zeros
-        variable.assign(value)
-    return model, rng.normal(size=(2, *shape)).astype("float32")
+def outputs_and_gradients(layer, x):
+    """The outputs, and the gradients by the inputs, the bias and the stored kernel."""
+    variables = [v for v in layer.weights if v.trainable]
+    held = keras.Variable(x)
+    weights = np.cos(np.arange(array(layer(x)).size)).reshape(layer(x).shape).astype("float32")
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            outputs = layer(held)
+            loss = keras.ops.sum(outputs * weights)
+        found = tape.gradient(loss, [held.value, *(v.value for v in variables)])
+        return array(outputs), [array(tf.convert_to_tensor(g)) for g in found]
+    import jax
+
+    def function(values):
+        with keras.StatelessScope(state_mapping=list(zip([held, *variables], values))):
+            return keras.ops.sum(layer(keras.ops.convert_to_tensor(held)) * weights)
+
+    values = [v.value for v in (held, *variables)]
+    return array(layer(x)), [array(g) for g in jax.grad(function)(values)]
 
 
+@pytest.mark.parametrize("structure", [BALANCED, PADDED], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_the_same_without_the_zeros(kind):
-    model, x = network(KINDS[kind])
-    kernel = array(model.layers[0].kernel)
-    condensed = kso.condense(model, batch_size=2, min_speedup=0)
-    (layer,), (row,) = condensed.model.layers, condensed.layers
-    assert type(layer) is CondensedDense and not row["stays_dense"]
-    np.testing.assert_allclose(array(condensed.model(x)), array(model(x)), rtol=1e-5, atol=1e-6)
-    assert not np.array_equal(array(model(0 * x)), array(model(x)))
-    # by hand: as many entries as the largest fan-in, in fours, and none of them lost
-    np.testing.assert_array_equal(array(layer.kernel), kernel)
-    assert np.count_nonzero(array(layer.values)) == np.count_nonzero(kernel)
-    fan_in, neurons = layer.values.shape
-    assert fan_in == layer.fan_in_entries and fan_in % 4 == 0
-    assert row["rows"] == [x.size * neurons // kernel.size]
+def test_a_layer_computes_the_same(kind, structure):
+    if kind == "channels first" and keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow's own convolution cannot do this on a CPU")
+    layer, shape = KINDS[kind]()
+    model = keras.Sequential([keras.Input(shape), layer])
+    kso.sparsify(model, 0.6, structure=structure)
+    if layer.bias is not None:
+        layer.bias.assign(np.arange(1, 1 + np.prod(layer.bias.shape)).reshape(layer.bias.shape))
+    kernel, mask = array(layer.kernel), array(layer._kernel.topology.mask)
+    x = np.random.default_rng(0).normal(size=(4, *shape)).astype("float32")
+    before, of_plain = outputs_and_gradients(layer, x)
+    variable, plain = layer._kernel, type(layer)
+    if kind == "whole width":
+        with pytest.raises(ValueError, match="16 neurons do not divide its 24"):
+            kso.condense(model)
+        assert type(layer) is layers.Dense and layer._kernel.shape == kernel.shape
+        return
+    assert kso.condense(model) is model
+    assert isinstance(layer, CondensedLayer) and type(layer).__name__ == plain.__name__
+    assert layer._kernel is variable and kso.sparse_weights(model) == [variable]
+    groups, entries, width = variable.shape
+    assert width == 16 and mask.sum() <= groups * entries * width < 0.7 * mask.size
+    assert np.array_equal(array(layer.kernel), kernel) and layer.kernel.shape == kernel.shape
+    assert np.array_equal(array(variable.topology.mask), mask)
+    after, condensed = outputs_and_gradients(layer, x)
+    np.testing.assert_allclose(after, before, 1e-5, 1e-5)
+    np.testing.assert_allclose(condensed[0], of_plain[0], 1e-4, 1e-5)
+    np.testing.assert_allclose(
+        variable.topology.plain(condensed[1]), of_plain[1] * mask, 1e-4, 1e-5
+    )
+    for mine, its in zip(condensed[2:], of_plain[2:], strict=True):
+        np.testing.assert_allclose(mine, its, 1e-4, 1e-5)
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, 1e-5, 1e-5)
+    # and back
+    assert kso.uncondense(model) is model
+    assert type(layer) is plain and len(layer.weights) == len(of_plain) - 1
+    assert np.array_equal(array(layer.kernel), kernel) and layer._kernel is variable
+    assert np.array_equal(array(variable.topology.mask), mask)
+
+
+# ---------------------------------------------------------------------- the same training
+
+METHODS = {
+    "Static": lambda: kso.Static(),
+    "SET": lambda: kso.SET(2, 0.5, end_step=100),
+    "RigL": lambda: kso.RigL(2, 0.5, end_step=100),
+    "RigL corrected": lambda: kso.RigL(3, 0.5, end_step=100, growth_gradient="corrected"),
+    "RigL of averages": lambda: kso.RigL(3, 0.5, end_step=100, gradient_steps=2),
+    "RigL every step": lambda: kso.RigL(1, 0.5, end_step=100),
+    "random values": lambda: kso.SET(2, 0.5, end_step=100, growth_values="random"),
+    "SNFS": lambda: kso.SNFS(2, 0.5, end_step=100),
+    "MEST": lambda: kso.MEST(2, 0.5, end_step=100, gradient_weight=1.0),
+    "compiled": lambda: kso.RigL(2, 0.5, end_step=100, compiled=True),
+}
+OPTIMIZERS = {
+    "SGD": sgd,
+    "Adam": lambda: kso.SparseOpt(keras.optimizers.Adam(0.01, clipnorm=1.0)),
+    "AdamW, EMA": lambda: kso.SparseOpt(
+        keras.optimizers.AdamW(0.01, weight_decay=0.1, use_ema=True, ema_overwrite_frequency=3)
+    ),
+    "accumulation": lambda: kso.SparseOpt(
+        keras.optimizers.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2)
+    ),
+    "renormalized": lambda: kso.SparseOpt(keras.optimizers.SGD(0.1), renormalize=True),
+    "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=8.0),
+}
+
+
+def both(method="RigL", optimizer="SGD", structure=BALANCED, tolerance=2e-5, **options):
+    histories, models = [], []
+    for is_condensed in (False, True):
+        model = network(structure, **options)
+        if is_condensed:
+            kso.condense(model)
+        compiled(model, OPTIMIZERS[optimizer](), jit_compile=keras.backend.backend() == "jax")
+        histories.append(fit(model, METHODS[method](), last=3))
+        models.append(model)
+    for name, values in histories[0].items():
+        np.testing.assert_allclose(histories[1][name], values, 1e-4, 1e-6, err_msg=name)
+    assert_same(*models, tolerance)
+    if method != "Static":
+        assert histories[0]["itop_rate"][-1] > 1 - histories[0]["sparsity"][-1]
+    return models
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_it_as_masked(method):
+    _, model = both(method)
+    assert [w.topology.is_condensed for w in kso.sparse_weights(model)] == [True, True, False]
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "SGD"])
+def test_every_optimizer_trains_it_as_masked(optimizer):
+    both("RigL", optimizer, PADDED)
+
+
+def test_regularizers_act_on_the_values():
+    both("RigL", "SGD", BALANCED, regularizer=keras.regularizers.L2(0.01))
+
+
+def test_large_tiles_that_reach_beyond_the_inputs():
+    both("SET", "SGD", kso.Block(8, 16, balanced=True), sparsity=0.5)
+
+
+def convolutional():
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6, 6, 3))
+    x = layers.Conv2D(16, 3, padding="same", name="first")(inputs)
+    shared = layers.Conv2D(16, 3, padding="same", use_bias=False, name="shared")
+    x = layers.BatchNormalization()(layers.Add()([x, shared(layers.ReLU()(shared(x)))]))
+    x = layers.Conv2D(32, 3, 2, "same", activation="relu", name="strides")(x)
+    x = layers.Conv2D(32, 1, activation="relu", name="narrow")(x)
+    x = layers.Reshape((9, 32))(x)
+    x = layers.Conv1D(32, 3, padding="causal", name="causal")(x)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+    kso.sparsify(model, 0.5, exclude=["first", "head"], structure=kso.Block(3, 16, balanced=True))
+    return model
+
+
+@pytest.mark.parametrize("method", ["RigL", "SET", "SNFS"])
+def test_convolutions_train_as_masked(method, tmp_path):
+    x = np.random.default_rng(0).normal(size=(32, 6, 6, 3)).astype("float32")
+    models = []
+    for is_condensed in (False, True):
+        model = convolutional()
+        if is_condensed:
+            kso.condense(model)
+        compiled(model, sgd(), jit_compile=keras.backend.backend() == "jax")
+        model.fit(x, np.arange(32) % 3, batch_size=8, epochs=2, shuffle=False, verbose=0,
+                  callbacks=[METHODS[method]()])  # fmt: skip
+        models.append(model)
+    assert_same(*models, 1e-4)
+    weights = kso.sparse_weights(model)
+    assert len(weights) == 4 and all(w.topology.is_condensed for w in weights)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert_same(model, loaded, 0)
+    assert type(loaded.get_layer("shared")) is layers.Conv2D
+
+
+def shared_layers():
+    """One layer is called twice; one lies in a layer; one in a frozen part."""
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4, 16))
+    shared = layers.Dense(16, "tanh", name="shared")
+    x = shared(shared(inputs))
+    x = layers.MultiHeadAttention(2, 16, name="attention")(x, x)
+    x = layers.TimeDistributed(layers.Dense(16, name="inner"), name="timed")(x)
+    frozen = layers.Dense(32, name="frozen")
+    model = keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(frozen(x))))
+    kso.sparsify(model, 0.5, exclude="head", structure=BALANCED)
+    frozen.trainable = False
+    return model
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_shared_and_nested_layers_train_as_masked(jit):
+    x = np.random.default_rng(0).normal(size=(32, 4, 16)).astype("float32")
+    y = np.arange(32) % 3
+    models = []
+    for is_condensed in (False, True):
+        model = shared_layers()
+        if is_condensed:
+            kso.condense(model)
+        compiled(model, sgd(), jit_compile=jit)
+        history = model.fit(
+            x, y, batch_size=8, epochs=3, shuffle=False, verbose=0, validation_data=(x, y),
+            callbacks=[kso.RigL(2, 0.5, end_step=100)],
+        ).history  # fmt: skip
+        models.append(model)
+    assert_same(*models, 1e-4)
+    assert all(w.topology.is_condensed for w in kso.sparse_weights(models[1]))
+    assert len(kso.sparse_weights(model)) == 7 and history["itop_rate"][-1] > 0.55
+    # of a layer that is called twice the magnitudes do not add: it tells the dense gradient
+    weights = {w.topology.name: w for w in sparse_opt(model).weights}
+    assert weights["shared"].calls == 2 and weights["attention/query"].calls == 1
+
+
+def test_scores_need_no_dense_gradient_and_live_in_windows_only():
+    """What a step keeps: nothing, but before an update one number per tile."""
+    model = compiled(kso.condense(network()), sgd())
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            opened = [w for w in model.optimizer.weights if w.topology.seen]
+            shapes = [
+                w.taps[kind].shape
+                for w in opened
+                for kind in model.optimizer._state.gradients.kinds
+            ]
+            seen.append(shapes)
+            assert len(self.model.weights) == len(self.model.get_weights()) == 3 + 2 + 4 + 2
+
+    fit(model, kso.RigL(3, 0.5, end_step=100), Look(), last=2)
+    tiles = [(1, 12, 2), (1, 32, 3)]
+    assert seen == [[], [], tiles, [], [], tiles, [], [], tiles, [], [], tiles]
+    assert not model.optimizer.kept_gradients and not sparse_opt(model).seen_variables
+
+
+# ---------------------------------------------------------------------- in the middle of it
+
+
+def test_a_training_goes_on_in_another_form():
+    masked, other = (compiled(network(PADDED), sgd()) for _ in range(2))
+    for model in (masked, other):
+        fit(model, kso.RigL(2, 0.5, end_step=100), last=1)
+    optimizer = other.optimizer
+    optimizer.exclude_from_weight_decay(var_list=[kso.sparse_weights(other)[0]])
+    kso.condense(other)
+    assert other.optimizer is optimizer
+    assert_same(masked, other, 0)  # nothing was lost, slots included
+    for first, change in ((1, kso.uncondense), (2, kso.condense), (3, None)):
+        for model in (masked, other):
+            fit(model, kso.RigL(2, 0.5, end_step=100), first=first, last=first + 1)
+        assert_same(masked, other)
+        if change is not None:
+            change(other)
+    excluded = optimizer.inner_optimizer._exclude_from_weight_decay
+    assert {optimizer.inner_optimizer._var_key(kso.sparse_weights(other)[0])} == excluded
+    assert_invariants(masked)
+
+
+def test_plain_optimizers_need_no_mask():
+    model = kso.condense(network(sparsity=0.7))
+    before = [array(v.topology.mask) for v in kso.sparse_weights(model)[:2]]
+    fit(compiled(model, keras.optimizers.Adam(0.01)))
+    for mask, variable in zip(before, kso.sparse_weights(model)):
+        kernel = array(variable.topology.kernel)
+        assert np.array_equal(kernel != 0, mask)
+    # one that was built for the plain kernels has slots of theirs
+    model = compiled(network(), keras.optimizers.Adam(0.01))
+    fit(model, last=1)
+    with pytest.raises(ValueError, match="not in a SparseOpt was built.*Received: Adam"):
+        kso.condense(model)
+    assert not any(w.topology.is_condensed for w in kso.sparse_weights(model))
+
+
+class Noisy(keras.optimizers.SGD):
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient + 1.0, variable, learning_rate)
+
+
+def test_padding_stays_zero_under_any_optimizer():
+    model = compiled(kso.condense(network(PADDED)), kso.SparseOpt(Noisy(0.1, momentum=0.9)))
+    fit(model, kso.SET(2, 0.5, end_step=100))
+    for weight in sparse_opt(model).weights[:2]:
+        held = np.broadcast_to(array(weight.held), weight.variable.shape)
+        assert not held.all()
+        for variable in (weight.variable, *weight.slots):
+            assert not array(variable)[~held].any() and array(variable)[held].any()
+
+
+# ---------------------------------------------------------------------- assigned from outside
+
+
+def test_weights_of_the_stored_form_come_and_go_together():
+    model = compiled(kso.condense(network()), sgd())
+    fit(model, kso.RigL(2, 0.5, end_step=100), last=1)
+    weights, condensed = model.get_weights(), kso.sparse_weights(model)[:2]
+    masks = [array(v.topology.mask) for v in condensed]
+    kernels = [array(v.topology.kernel) for v in condensed]
+    fit(model, kso.RigL(1, 0.9, end_step=100), first=1, last=3)
+    assert not np.array_equal(masks[0], array(kso.sparse_weights(model)[0].topology.mask))
+    model.set_weights(weights)
+    for variable, mask, kernel in zip(condensed, masks, kernels):
+        assert np.array_equal(array(variable.topology.mask), mask)
+        assert np.array_equal(array(variable.topology.kernel), kernel)
+    for weight in sparse_opt(model).weights:
+        topology = weight.topology
+        for slot in weight.slots:
+            assert not topology.plain(slot)[~array(topology.mask)].any()
+    wrong = [w if w.dtype != "int32" else w[:, ::-1] for w in weights]
+    with pytest.raises(ValueError, match="must be those of tiles, sorted"):
+        model.set_weights(wrong)
+    early = keras.callbacks.EarlyStopping(
+        "loss", restore_best_weights=True, baseline=-1.0, patience=1
+    )
+    fit(model, kso.RigL(1, 0.5, end_step=100), early, last=3)
+
+
+def test_masks_are_set_and_read_as_those_of_the_plain_kernel():
+    model = compiled(kso.condense(network(PADDED)), sgd())
+    fit(model, last=1)
+    variable = kso.sparse_weights(model)[0]
+    topology = variable.topology
+    before, old = array(topology.kernel), array(topology.mask)
+    new = topology.units.random_mask(topology.num_active_units(), 5)
+    assert not np.array_equal(new, old)
+    kso.set_mask(variable, new)
+    assert np.array_equal(array(topology.mask), new)
+    assert np.array_equal(array(topology.kernel), np.where(new & old, before, 0))
+    fewer = topology.units.random_mask(4, 5)
+    with pytest.raises(ValueError, match="must have 2 tiles.*uncondense.*Received: 4"):
+        kso.set_mask(variable, fewer)
+    assert np.array_equal(array(topology.mask), new)
+    fit(model, first=1, last=2)
+    found = kso.masks_from_zeros(model)
+    assert list(found) == [v.topology.name for v in kso.sparse_weights(model)]
+
+
+# ---------------------------------------------------------------------- files
+
+
+def saved_and_loaded(model, path, how):
+    if how == "keras":
+        model.save(path / "m.keras")
+        return keras.models.load_model(path / "m.keras")
+    if how == "packed":
+        kso.save_packed(model, path / "m.ksp", include_optimizer=True)
+        return kso.load_packed(path / "m.ksp", masks=True)
+    model.save_weights(path / "m.weights.h5")
+    other = compiled(network(PADDED, seed=5), sgd())
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(path / "m.weights.h5")
+    return other
+
+
+@pytest.mark.parametrize("how", ["keras", "weights", "packed"])
+def test_files_are_those_of_the_plain_model(how, tmp_path):
+    model, masked = (compiled(network(PADDED), sgd()) for _ in range(2))
+    kso.condense(model)
+    for one in (model, masked):
+        fit(one, kso.RigL(2, 0.5, end_step=100), last=1)
+    loaded = saved_and_loaded(model, tmp_path, how)
+    assert not any(w.topology.is_condensed for w in kso.sparse_weights(loaded))
+    assert type(loaded.layers[0]) is layers.Dense
+    assert_same(model, loaded, 0)
+    # it goes on in either form
+    for one in (masked, loaded):
+        fit(one, kso.RigL(2, 0.5, end_step=100), first=1, last=2)
+    assert_same(masked, loaded)
+    loaded = saved_and_loaded(model, tmp_path, how)
+    kso.condense(loaded)
+    assert_same(model, loaded, 0)
+    fit(loaded, kso.RigL(2, 0.5, end_step=100), first=1, last=2)
+    assert_same(masked, loaded)
+    # and into a condensed model that is there already
+    if how == "weights":
+        there = compiled(kso.condense(network(PADDED, seed=7)), sgd())
+        there.optimizer.build(there.trainable_variables)
+        there.load_weights(tmp_path / "m.weights.h5")
+        assert_same(model, there, 0)
+        fit(there, kso.RigL(2, 0.5, end_step=100), first=1, last=2)
+        assert_same(masked, there)
+
+
+def keep_arrays(found, name, item):
+    if hasattr(item, "dtype"):
+        found[name] = item[()]
+
+
+def test_a_file_is_the_same_bytes_in_either_form(tmp_path):
+    """Dataset by dataset: kernels, masks, slots and what was explored."""
+    import h5py
+
+    models = both("SET", "SGD", PADDED, 1e-4)
+    contents = []
+    for i, model in enumerate(models):
+        model.save_weights(tmp_path / f"{i}.weights.h5")
+        found: dict = {}
+        with h5py.File(tmp_path / f"{i}.weights.h5") as file:
+            file.visititems(functools.partial(keep_arrays, found))
+        contents.append(found)
+    assert contents[0].keys() == contents[1].keys()
+    for name, value in contents[0].items():
+        if value.dtype == "uint8" and value.ndim == 1:
+            continue  # names, with Keras' numbers of layers
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(contents[1][name], value, 1e-4, 1e-5, err_msg=name)
+        else:
+            assert np.array_equal(contents[1][name], value), name
+
+
+def test_a_kernel_from_elsewhere_brings_its_topology(tmp_path):
+    model = kso.condense(network())
+    other = network(seed=9, sparsity=0.7)
+    rng = np.random.default_rng(3)
+    for variable in kso.sparse_weights(other):
+        topology = variable.topology
+        mask = topology.units.random_mask(topology.num_active_units(), 77)
+        kso.set_mask(variable, mask)
+        variable.assign(rng.normal(size=variable.shape) * mask)
+    other.save_weights(tmp_path / "m.weights.h5")
+    model.load_weights(tmp_path / "m.weights.h5")
+    for a, b in zip(kso.sparse_weights(model), kso.sparse_weights(other)):
+        assert np.array_equal(array(a.topology.kernel), array(b.topology.kernel))
+        assert np.array_equal(array(a.topology.mask), array(b.topology.mask))
+    dense = network(seed=9, sparsity=0.0)
+    dense.save_weights(tmp_path / "dense.weights.h5")
+    before = array(kso.sparse_weights(model)[0].topology.kernel)
+    with pytest.raises(ValueError, match="denser than its mask"):
+        model.load_weights(tmp_path / "dense.weights.h5")
+    assert np.array_equal(array(kso.sparse_weights(model)[0].topology.kernel), before)
+
+
+def test_a_killed_training_goes_on(tmp_path):
+    def train(last, *callbacks):
+        model = compiled(kso.condense(network(PADDED)), sgd())
+        return model, fit(model, kso.RigL(2, 0.5, end_step=100), *callbacks, last=last)
+
+    whole, expected = train(3)
+    train(2, kso.BackupAndRestore(tmp_path))
+    again, history = train(3, kso.BackupAndRestore(tmp_path))
+    assert_same(whole, again, 0)
+    assert history["loss"] == expected["loss"]
+
+
+# ---------------------------------------------------------------------- around it
+
+
+def test_copies_and_conversions_go_by_the_plain_form(tmp_path):
+    model = kso.condense(network())
+    x, _ = data()
+    expected, kernel = model.predict(x, verbose=0), array(model.layers[0].kernel)
+    clone = keras.models.clone_model(model)
+    assert type(clone.layers[0]) is layers.Dense and clone.count_params() > 500
+    assert clone.layers[0].kernel.shape == (12, 32)
+    rows = {row["name"]: row for row in kso.layer_costs(model)}
+    assert rows[model.layers[0].name]["shape"] == (12, 32)
+    assert rows[model.layers[0].name]["flops_sparse"] == 2 * np.count_nonzero(kernel)
+    smaller = kso.compact(model)
+    np.testing.assert_allclose(smaller.model.predict(x, verbose=0), expected, 1e-4, 1e-5)
+    assert isinstance(model.layers[0], CondensedLayer)
+    assert kso.csr_matrices(model)[model.layers[0].name].nnz == np.count_nonzero(kernel)
+    model.layers[1].quantize("int8")
+    assert not isinstance(model.layers[1], CondensedLayer)
+    stripped = kso.strip(model)
+    assert type(stripped.layers[0]) is layers.Dense and not kso.sparse_weights(stripped)
+    assert np.array_equal(array(stripped.layers[0].kernel), kernel)
+
+
+def test_mixed_precision():
+    for policy in ("mixed_bfloat16", "mixed_float16"):
+        keras.mixed_precision.set_global_policy(policy)
+        try:
+            model = compiled(kso.condense(network()), sgd())
+            losses = fit(model, kso.RigL(2, 0.5, end_step=100), last=3)["loss"]
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        assert losses[-1] < losses[0]
+        assert model.layers[0]._kernel.dtype == "float32"
+        assert model.layers[0].kernel.dtype in ("float32", np.float32)
+
+
+def test_a_subclassed_model_and_masking():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding = layers.Embedding(9, 16, mask_zero=True)
+            self.hidden, self.head = layers.Dense(32, "relu"), layers.Dense(3)
+            self.pool = layers.GlobalAveragePooling1D()
+
+        def call(self, x):
+            return self.head(self.pool(self.hidden(self.embedding(x))))
+
+    x = np.random.default_rng(0).integers(0, 9, (16, 5))
+    keras.utils.set_random_seed(1)
+    model = Net()
+    model(x)
+    kso.sparsify(model, 0.5, exclude=model.head, structure=BALANCED)
+    expected = array(model(x))
+    kso.condense(model)
+    np.testing.assert_allclose(array(model(x)), expected, 1e-5, 1e-6)
+    compiled(model, sgd())
+    history = model.fit(x, np.arange(16) % 3, verbose=0, batch_size=4, epochs=2,
+                        callbacks=[kso.RigL(2, 0.5, end_step=100)])  # fmt: skip
+    assert history.history["sparsity"][-1] == 0.5
+
+
+CONSTRUCTED = {
+    "dense": lambda **k: (kso.SparseDense(32, activation="relu", **k), (12,)),
+    "einsum": lambda **k: (kso.SparseEinsumDense("abc,cde->abde", (3, 2, 16), **k), (3, 12)),
+    "convolution": lambda **k: (kso.SparseConv2D(32, 3, padding="same", **k), (4, 4, 12)),
+    "1×1": lambda **k: (kso.SparseConv1D(16, 1, use_bias=False, **k), (4, 12)),
+    "he": lambda **k: (kso.SparseDense(32, kernel_initializer="sparse_he_normal", **k), (12,)),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTRUCTED)
+def test_layers_are_condensed_by_construction(kind, tmp_path, monkeypatch):
+    def made(is_condensed, structure=BALANCED, **options):
+        keras.utils.set_random_seed(3)
+        layer, shape = CONSTRUCTED[kind](
+            sparsity=0.6, seed=1, structure=structure, condensed=is_condensed, **options
+        )
+        model = keras.Sequential(
+            [keras.Input(shape), layer, layers.Flatten(), layers.Dense(3, name="head")]
+        )
+        return compiled(model, sgd()), layer, shape
+
+    plain, of_plain, shape = made(False)
+    sizes: list = []
+    original = keras.layers.Layer.add_weight
+
+    def add_weight(self, *args, **kwargs):
+        sizes.append(int(np.prod(kwargs["shape"])))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(keras.layers.Layer, "add_weight", add_weight)
+    model, layer, _ = made(True)
+    monkeypatch.undo()
+    kernel, mask = array(layer.kernel), array(layer.kernel_mask)
+    assert sizes[0] < 0.6 * kernel.size  # never an array of its shape
+    assert isinstance(layer, CondensedLayer) and type(layer).__name__ == type(of_plain).__name__
+    assert np.array_equal(mask, array(of_plain.kernel_mask))  # the same draw
+    assert np.array_equal(kernel != 0, mask) and abs(layer.sparsity - 0.6) < 0.1
+    spread = kernel[mask].std() / array(of_plain.masked_kernel)[mask].std()
+    assert 0.9 < spread < 1.8  # drawn for the inputs that are read
+    # the same training, given the same values
+    of_plain._kernel.assign(kernel)
+    plain.layers[-1].set_weights(model.layers[-1].get_weights())
+    x = np.random.default_rng(0).normal(size=(16, *shape)).astype("float32")
+    y = np.arange(16) % 3
+    for one in (plain, model):
+        one.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[METHODS["RigL"]()])
+    assert_same(plain, model, 1e-4)
+    # files: in this form again, as the argument says; and weights of either form in the other
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert isinstance(loaded.layers[0], CondensedLayer)
+    assert_same(model, loaded, 0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other, _, _ = made(False)
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "m.weights.h5")
+    assert_same(model, other, 0)
+    other.save_weights(tmp_path / "o.weights.h5")
+    again, _, _ = made(True)
+    again.optimizer.build(again.trainable_variables)
+    again.load_weights(tmp_path / "o.weights.h5")
+    assert_same(model, again, 0)
+    # and back, and there again, training on
+    for change in (kso.uncondense, kso.condense):
+        change(again)
+        assert isinstance(again.layers[0], CondensedLayer) == (change is kso.condense)
+        assert_same(model, again, 1e-4)
+        for one in (model, again):
+            one.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[METHODS["SET"]()])
+        assert_same(model, again, 1e-4)
+    kernel = array(again.layers[0].kernel)
+    kso.strip(again)
+    assert not hasattr(again.layers[0], "sparsity")
+    assert np.array_equal(array(again.layers[0].kernel), kernel)
+
+
+def test_errors_of_layers_condensed_by_construction():
+    with pytest.raises(ValueError, match="`condensed` must be a bool"):
+        kso.SparseDense(32, condensed=1)
+    for layer, why in (
+        (kso.SparseDense(32, condensed=True), r"Unstructured\(\) is not balanced"),
+        (
+            kso.SparseDense(10, structure=BALANCED, condensed=True),
+            "16 neurons do not divide its 10",
+        ),
+        (
+            kso.SparseDense(32, structure=BALANCED, condensed=True, kernel_constraint="max_norm"),
+            "it has a constraint",
+        ),
+    ):
+        with pytest.raises(ValueError, match=why):
+            layer.build((None, 8))
+
+
+def test_the_summary_says_in_which_form_and_why():
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((6, 12))
+    x = layers.Dense(100, name="hundred")(
+        layers.LSTM(16, return_sequences=True, name="lstm")(inputs)
+    )
+    x = layers.Dense(64, name="constrained", kernel_constraint="max_norm")(x)
+    model = keras.Model(inputs, layers.Dense(10, name="head")(x))
+    kso.sparsify(model, 0.5, structure=kso.Block(1, 64, balanced=True))
+    kso.condense(model)
+    text: list = []
+    kso.summary(model, text.append)
+    (text,) = text
+    rows = {line.split()[0]: line for line in text.splitlines() if line}
+    assert "balanced=True), of 50 as 64 do not divide 100" in rows["hundred"]
+    assert "condensed" in rows["hundred"] and "masked" in rows["head"]
+    why = rows["masked,"]
+    assert "lstm/lstm_cell (LSTMCell cannot be condensed)" in why
+    assert "head (64 neurons do not divide its 10)" in why
+    assert "constrained (it has a constraint)" in why
+    found = {row["name"]: row for row in kso.layer_costs(model)}
+    assert found["hundred"]["form"] == "condensed" and found["head"]["form"] == "masked"
+
+
+# ---------------------------------------------------------------------- refused
+
+REFUSED = {
+    "GMP": (lambda m: fit(compiled(m, sgd()), kso.GMP(0.9, 2, end_step=4)), "GMP changes how many"),
+    "GraNet": (lambda m: fit(compiled(m, sgd()), kso.GraNet(0.9, 2, end_step=4)), "GraNet changes"),
+    "redistribution": (
+        lambda m: fit(compiled(m, sgd()), kso.RigL(2, end_step=4, redistribution="global")),
+        "`redistribution` is for weights whose number",
+    ),
+    "Muon": (
+        lambda m: fit(compiled(m, kso.SparseOpt(keras.optimizers.Muon(0.1)))),
+        "Muon looks at a kernel as a matrix",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_by_name(what):
+    act, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        act(kso.condense(network()))
+
+
+def test_errors_of_condense():
+    with pytest.raises(TypeError, match="must be a Keras model"):
+        kso.condense("model")
+    with pytest.raises(TypeError, match="must be a Keras model"):
+        kso.uncondense("model")
+    with pytest.raises(ValueError, match="`trainable` must be a bool"):
+        kso.condense(network(), trainable=1)
+    plain = keras.Sequential([keras.Input((4,)), layers.Dense(32)])
+    with pytest.raises(ValueError, match=r"Block\(1, 64, balanced=True\).*no sparse weight"):
+        kso.condense(plain)
+    assert kso.uncondense(plain) is plain
+    for structure, why in (
+        (kso.Unstructured(), "not balanced"),
+        (kso.ConstantFanIn(), "not balanced"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            kso.condense(network(structure))
+    constrained = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(32, kernel_constraint="non_neg")]
+    )
+    kso.sparsify(constrained, 0.5, structure=BALANCED)
+    with pytest.raises(ValueError, match="it has a constraint"):
+        kso.condense(constrained)
+    odd = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(32, kernel_regularizer="orthogonal_regularizer")]
+    )
+    kso.sparsify(odd, 0.5, structure=BALANCED)
+    with pytest.raises(ValueError, match="may look at the shape"):
+        kso.condense(odd)
+
+    class InTraining(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            kso.uncondense(self.model)
+
+    model = compiled(kso.condense(network()), sgd())
+    with pytest.raises(ValueError, match="between trainings"):
+        fit(model, kso.RigL(1, 0.5, end_step=100), InTraining())
+
+
+class ADifferentNumber(kso.DynamicSparseTraining):
+    def new_mask(self, weight, mask, gradient, update):
+        return mask & (np.cumsum(mask, axis=1) > 1)
+
+
+def test_a_method_of_ones_own_keeps_the_number():
+    model = compiled(kso.condense(network()), sgd())
+    with pytest.raises(ValueError, match="must keep its 4 tiles.*Received: from 3 to 3"):
+        fit(model, ADifferentNumber(2, end_step=100, compiled=False))
+
+
+# ---------------------------------------------------------------------- for inference alone
 
 
 @hypothesis.given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 9), st.floats(0.5, 1))
 @hypothesis.settings(max_examples=30, deadline=None)
-def test_any_matrix_is_kept(seed, inputs, neurons, zeros):
-    from keras_sparseopt.deployment.condensed import _condensed
-
+def test_by_neuron_nothing_is_lost(seed, inputs, neurons, zeros):
     rng = np.random.default_rng(seed)
     matrix = rng.normal(size=(inputs, neurons)) * (rng.random((inputs, neurons)) >= zeros)
-    indices, values = _condensed(matrix)
+    indices, values = by_neuron(matrix)
     again = np.zeros_like(matrix)
     np.add.at(again, (indices, np.arange(neurons)), values)
     np.testing.assert_array_equal(again, matrix)
@@ -75,281 +864,51 @@ def test_any_matrix_is_kept(seed, inputs, neurons, zeros):
     assert len(values) == 4 * max(1, -(-fan_in // 4))
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_what_cannot_be_condensed_says_why(kind):
-    model, x = network(OTHERS[kind])
-    condensed = kso.condense(model, min_speedup=0)
-    assert condensed.layers and all(row["stays_dense"] for row in condensed.layers)
-    assert "stays dense: " in str(condensed) and "0 layers condensed" in str(condensed)
-    np.testing.assert_array_equal(array(condensed.model(x)), array(model(x)))
+def test_any_mask_for_inference(tmp_path, monkeypatch):
+    from keras_sparseopt.models import condensing
+
+    model = compiled(network(kso.Unstructured(), 0.96), sgd())
+    balanced = compiled(network(BALANCED, 0.7), sgd())
+    x, _ = data()
+    with pytest.raises(ValueError, match="or 2,000,000 weights or more, 95% of them 0"):
+        kso.condense(model, trainable=False)
+    monkeypatch.setattr(condensing, "_LARGE", 300)
+    expected, of_tiles = model.predict(x, verbose=0), balanced.predict(x, verbose=0)
+    kernels = [array(layer.kernel) for layer in (model.layers[0], model.layers[1])]
+    masks = len(kso.sparse_weights(model))
+    kso.condense(balanced, trainable=False)
+    assert kso.condense(model, trainable=False) is model and not model.compiled
+    assert len(kso.sparse_weights(model)) < masks
+    for layer, kernel in zip(model.layers, kernels):
+        assert isinstance(layer, CondensedLayer) and np.array_equal(array(layer.kernel), kernel)
+        assert layer._kernel.shape[0] <= 8 and layer.indices.dtype == "uint16"
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, 1e-5, 1e-5)
+    np.testing.assert_allclose(balanced.predict(x, verbose=0), of_tiles, 1e-5, 1e-5)
+    for one in (model, balanced):
+        with pytest.raises(ValueError, match="condensed for inference alone"):
+            fit(compiled(one, sgd()))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras", compile=False)
+    assert type(loaded.layers[0]) is layers.Dense
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, 1e-5, 1e-5)
+    loaded.layers[0].kernel.assign(np.ones((12, 32)))
+    with pytest.raises(ValueError, match="must have at most 4 weights per neuron"):
+        loaded.save_weights(tmp_path / "dense.weights.h5")
+        model.load_weights(tmp_path / "dense.weights.h5")
+    kso.uncondense(model)
+    assert type(model.layers[0]) is layers.Dense and len(model.layers[0].weights) == 2
+    assert np.array_equal(array(model.layers[0].kernel), kernels[0])
+    fit(compiled(model, sgd()))  # plain again
 
 
-class Block(layers.Layer):
-    """A layer with layers inside, as Keras Hub's are."""
-
-    def build(self, shape):
-        self.attention = layers.MultiHeadAttention(2, 4, name="attention")
-        self.attention.build(shape, shape)
-        self.wide = layers.Dense(32, "relu", name="wide")
-        self.wide.build(shape)
-        self.back = layers.Dense(shape[-1], name="back")
-        self.back.build((*shape[:-1], 32))
-
-    def call(self, x):
-        return x + self.back(self.wide(self.attention(x, x)))
-
-
-def large_network():
-    inputs = keras.Input((6, 8))
-    x = Block(name="block")(inputs)
-    nested = keras.Sequential([keras.Input((6, 8)), layers.Dense(16, name="nested")])
-    x = layers.LayerNormalization()(nested(x))
-    shared = layers.Dense(16, name="shared")
-    x = shared(layers.ReLU()(shared(x)))
-    x = kso.SparseDense(12, sparsity=0.8, name="owned")(layers.Flatten()(x))
-    return keras.Model(inputs, layers.Dense(3, "softmax", name="head")(x))
-
-
-def test_a_whole_model_and_its_files(tmp_path):
-    model = kso.sparsify(large_network(), 0.8)
-    compiled(model, kso.SparseOpt("sgd"))
-    before = [array(v) for v in model.weights]
-    x = np.random.default_rng(0).normal(size=(3, 6, 8)).astype("float32")
-    expected = array(model(x))
-    found = kso.condense(model, batch_size=3, min_speedup=0, inputs=None)
-    condensed = found.model
-    names = [row["name"] for row in found.layers if not row["stays_dense"]]
-    assert {"wide", "back", "nested", "shared", "owned", "query", "attention_output"} <= {*names}
-    assert {row["name"]: row["rows"] for row in found.layers}["wide"] == [18]
-    assert {row["name"]: row["rows"] for row in found.layers}["shared"] == [18, 18]
-    assert str(found).endswith("bytes of weights")
-    # what was given is as it was
-    assert model.compiled and type(model.get_layer("shared")) is layers.Dense
-    assert kso.sparse_weights(model)
-    assert all(np.array_equal(a, array(b)) for a, b in zip(before, model.weights))
-
-    def same(other, inputs=x):
-        wanted = array(model(inputs))
-        np.testing.assert_allclose(array(other(inputs)), wanted, rtol=1e-5, atol=1e-6)
-
-    same(condensed)
-    same(condensed, x[:1])  # for any batch
-    np.testing.assert_allclose(condensed.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-6)
-    assert not kso.sparse_weights(condensed) and not condensed.compiled
-    inner = [v for v in condensed.get_layer("shared").weights]
-    assert not any(v.trainable for v in inner)
-    # what lies on the graph stays condensed; what lies in another layer becomes what it was
-    custom = {"Block": Block}
-    condensed.save(tmp_path / "m.keras")
-    loaded = keras.models.load_model(tmp_path / "m.keras", custom)
-    same(loaded)
-    assert type(loaded.get_layer("shared")) is CondensedDense
-    assert type(loaded.get_layer("block").wide) is layers.Dense
-    with keras.saving.custom_object_scope(custom):
-        again = kso.condense(loaded, min_speedup=0).model
-        kso.save_packed(condensed, tmp_path / "m.ksp")
-        same(kso.load_packed(tmp_path / "m.ksp"))
-    same(again)
-    assert isinstance(again.get_layer("block").wide, CondensedDense)
-
-
-@pytest.mark.backend("tensorflow")
-def test_it_can_be_exported(tmp_path):
-    import tensorflow as tf
-
-    model = kso.sparsify(large_network(), 0.8)
-    condensed = kso.condense(model, min_speedup=0).model
-    condensed.export(tmp_path / "served", verbose=False)
-    x = np.random.default_rng(0).normal(size=(3, 6, 8)).astype("float32")
-    served = tf.saved_model.load(tmp_path / "served")
-    np.testing.assert_allclose(array(served.serve(x)), array(model(x)), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="must be as it was before `condense`.*shared"):
-        kso.export_tflite(condensed, tmp_path / "m.tflite", inputs=x)
-
-
-class InList(layers.Layer):
-    """Keras names what lies in a list by its class."""
-
-    def build(self, shape):
-        self.parts = [layers.Dense(shape[-1]), layers.Dense(shape[-1])]
-        for part in self.parts:
-            part.build(shape)
-
-    def call(self, x):
-        for part in self.parts:
-            x = part(inputs=x)
-        return x
-
-
-class Twice(layers.Wrapper):
-    def call(self, x):
-        return self.layer(self.layer(x))
-
-
-class WithConfig(keras.Model):
-    """A functional model with a config of its own, as Keras Hub's backbones are."""
-
-    def __init__(self, width, **options):
-        inputs = keras.Input((5,))
-        super().__init__(inputs, layers.Dense(width, name="inner")(inputs), **options)
-        self.width = width
-
-    def get_config(self):
-        return {"width": self.width, "name": self.name}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: keras.Sequential([keras.Input((5,)), InList()]),
-        lambda: keras.Sequential([keras.Input((5,)), Twice(layers.Dense(5))]),
-        lambda: WithConfig(7),
-        lambda: keras.Sequential([keras.Input((5,)), WithConfig(7)]),
-    ],
-)
-def test_what_lies_in_other_things_comes_back_as_it_was(make, tmp_path):
-    model = make()
-    kso.strip(kso.sparsify(model, 0.8, "uniform"))
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 5)).astype("float32")
-    found = kso.condense(model, min_speedup=0)
-    assert found.layers and not any(row["stays_dense"] for row in found.layers)
-    found.model.save(tmp_path / "m.keras")
-    custom = {kind.__name__: kind for kind in (InList, Twice, WithConfig)}
-    loaded = keras.models.load_model(tmp_path / "m.keras", custom)
-    for other in (found.model, loaded):
-        np.testing.assert_allclose(array(other(x)), array(model(x)), rtol=1e-5, atol=1e-6)
-    assert layers.Dense in map(type, loaded._flatten_layers())
-
-
-@pytest.mark.filterwarnings("ignore:Only .* have a mask")
-def test_masks_of_inputs_go_on(tmp_path):
-    model = keras.Sequential(
-        [
-            keras.Input((4,), dtype="int32"),
-            layers.Embedding(9, 6, mask_zero=True),
-            layers.Dense(8, name="dense"),
-            layers.GlobalAveragePooling1D(),
-        ]
-    )
-    kso.sparsify(model, 0.8)
-    x = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
-    condensed = kso.condense(model, inputs=x, min_speedup=0).model
-    condensed.save(tmp_path / "m.keras")
-    for other in (condensed, keras.models.load_model(tmp_path / "m.keras")):
-        assert type(other.get_layer("dense")) is CondensedDense
-        np.testing.assert_allclose(array(other(x)), array(model(x)), rtol=1e-5, atol=1e-6)
-
-
-def test_inputs_of_another_width_are_an_error():
-    model, _ = network(KINDS["dense"])
-    layer = kso.condense(model, min_speedup=0).model.layers[0]
-    for width in (4, 10):
-        with pytest.raises(ValueError, match="must fit a kernel of shape .5, 7.*Received"):
-            layer(np.ones((2, width), "float32"))
-
-
-class Tied(layers.Layer):
-    def build(self, shape):
-        self.dense = layers.Dense(3)
-        self.dense.build(shape)
-
-    def call(self, x):
-        return keras.ops.matmul(self.dense(x), keras.ops.transpose(self.dense.kernel))
-
-
-def test_a_kernel_that_others_read_is_there():
-    model = keras.Sequential([keras.Input((5,)), Tied()])
-    kso.sparsify(model, 0.8)
-    x = np.random.default_rng(0).normal(size=(2, 5)).astype("float32")
-    found = kso.condense(model, min_speedup=0)
-    assert not found.layers[0]["stays_dense"]
-    np.testing.assert_allclose(array(found.model(x)), array(model(x)), rtol=1e-5, atol=1e-6)
-
-
-def test_a_copy_that_computes_something_else_is_an_error(monkeypatch):
-    from keras_sparseopt.deployment import condensed
-
-    model, _ = network(KINDS["dense"])
-    product = condensed._multiply
-    monkeypatch.setattr(condensed, "_multiply", lambda *arrays: -product(*arrays))
-    with pytest.raises(ValueError, match="does not compute what the model does"):
-        kso.condense(model, min_speedup=0)
-
-
-def test_only_what_becomes_faster_is_condensed():
-    model, x = network(KINDS["dense"])
-    found = kso.condense(model, min_speedup=1e9)
-    (row,) = found.layers
-    assert row["stays_dense"] == "not faster" and row["dense_ms"] > 0 and row["condensed_ms"] > 0
-    assert type(found.model.layers[0]) is layers.Dense
-    model, x = network(KINDS["dense"], zeros=0.2)
-    (row,) = kso.condense(model, min_speedup=0).layers
-    assert row["stays_dense"] == "no more than half of it is 0" and row["dense_ms"] is None
-
-
-def test_half_precision():
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    model, x = network(KINDS["query"])
-    condensed = kso.condense(model, min_speedup=0).model
-    outputs = condensed(x)
-    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
-    np.testing.assert_allclose(array(outputs), array(model(x)), rtol=0.03, atol=0.03)
-
-
-def test_scipy_matrices():
-    model = kso.sparsify(large_network(), 0.8)
-    matrices = kso.csr_matrices(model)
-    head = model.get_layer("head")
-    np.testing.assert_array_equal(matrices["head"].toarray(), array(head.kernel).T)
-    query = array(model.get_layer("block").attention.query_dense.kernel)
-    np.testing.assert_array_equal(matrices["query"].toarray(), query.reshape(8, 8).T)
-    assert (
-        matrices["owned"].nnz
-        == kso.sparse_weights(model.get_layer("owned"))[0].topology.num_active()
-    )
-
-
-def test_scipy_matrices_of_one_name_and_of_none():
-    model = keras.Sequential([keras.Input((5,)), InList(), InList()])
-    for part in model.layers:
-        for layer in part.parts:
-            layer.name = "ff"
-    kso.sparsify(model, 0.8)
-    assert len(kso.csr_matrices(model)) == 4
-    with pytest.raises(ValueError, match="as they were before `condense`"):
-        kso.csr_matrices(kso.condense(network(KINDS["dense"])[0], min_speedup=0).model)
-
-
-@pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"batch_size": 1.5}, {"min_speedup": -1}, {"min_speedup": "2"}]
-)
-def test_wrong_arguments(options):
-    model, _ = network(KINDS["dense"])
-    (name,) = options
-    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
-        kso.condense(model, **options)
-
-
-def test_wrong_models():
-    with pytest.raises(TypeError, match="`model` must be a Keras model"):
-        kso.condense("model")
-
-    class Own(keras.Model):
-        def __init__(self, width):
-            super().__init__()
-            self.dense = layers.Dense(width)
-
-        def call(self, x):
-            return self.dense(x)
-
-    own = Own(3)
-    own(np.ones((1, 4), "float32"))
-    with pytest.raises(ValueError, match="`inputs` must be given"):
-        kso.condense(own)
-    with pytest.raises(ValueError, match="save and load"):
-        kso.condense(own, inputs=np.ones((1, 4), "float32"))
+def test_an_exported_model_multiplies_condensed(tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("SavedModels are TensorFlow's here")
+    model = kso.condense(network())
+    x, _ = data()
+    model.export(tmp_path / "served", verbose=False)
+    again = keras.layers.TFSMLayer(tmp_path / "served", call_endpoint="serve")
+    np.testing.assert_allclose(array(again(x)), array(model(x)), 1e-5, 1e-5)
+    assert {tuple(v.shape) for v in again.variables} >= {tuple(model.layers[0]._kernel.shape)}
+    file = kso.export_tflite(model, tmp_path / "m.tflite", inputs=x)
+    assert file.largest_difference < 1e-4 and isinstance(model.layers[0], CondensedLayer)

@@ -74,6 +74,10 @@ def test_zeros_hold_with_replicas():
     finish(start("replicas.py"))
 
 
+def test_condensed_weights_on_several_devices():
+    finish(start("condensed_devices.py"))
+
+
 @pytest.mark.backend("jax")
 def test_jax_distributions_equal_one_device():
     finish(start("jax_devices.py"))

@@ -28,7 +28,7 @@ def test_docstring_example_runs(name, capsys, tmp_path, monkeypatch):
 def test_every_argument_is_documented(name):
     item = PUBLIC[name]
     if name.startswith("Sparse") and issubclass(item, keras.layers.Layer):
-        arguments = ["sparsity", "seed", "skew_correction", "structure"]
+        arguments = ["sparsity", "seed", "skew_correction", "structure", "condensed"]
     elif name == "SparseHeNormal":
         arguments = ["seed"]
     else:

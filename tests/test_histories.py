@@ -162,7 +162,7 @@ class History:
         if isinstance(optimizer, kso.SparseOpt) and optimizer.built:
             for weight in optimizer.weights:
                 inactive = ~array(weight.topology.mask)
-                assert np.array_equal(array(weight.mask), ~inactive)
+                assert np.array_equal(array(weight.held), ~inactive)
                 for slot in weight.slots:
                     assert not array(slot)[inactive].any(), slot.path
 

@@ -570,6 +570,51 @@ def test_any_model(name, tmp_path):
     assert zeros >= 0.55 * masked
 
 
+# Recurrent cells, widths of 1 to 3, layers of one's own.
+NOTHING_TO_CONDENSE = {
+    "lstm_generation", "bidirectional_lstm", "gru_in_time_distributed", "wavenet_like", "conv_lstm",
+    "two_towers", "graph_network", "sequence_to_sequence",
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container", "ignore:Gradients do not exist")
+@pytest.mark.filterwarnings("ignore:Only .* have a mask", "ignore:Block.* leaves")
+@pytest.mark.parametrize("name", KINDS)
+def test_any_model_trains_condensed_as_masked(name, tmp_path):
+    global RNG
+    models, histories = [], []
+    for is_condensed in (False, True):
+        RNG = np.random.default_rng(0)
+        keras.utils.set_random_seed(0)
+        model, x, y = KINDS[name]()
+        kso.sparsify(model, 0.6, structure=kso.Block(2, 4, balanced=True))
+        if name in NOTHING_TO_CONDENSE:
+            with pytest.raises(ValueError, match="must have a weight that can be condensed"):
+                kso.condense(model)
+            return
+        if is_condensed:
+            kso.condense(model)
+        model.compile(kso.SparseOpt(keras.optimizers.SGD(0.01, momentum=0.9)), loss_of(name))
+        counts = [v.topology.num_active_units() for v in kso.sparse_weights(model)]
+        keras.utils.set_random_seed(0)
+        histories.append(fit(model, x, y, kso.RigL(2, 0.5, end_step=100)))
+        assert [v.topology.num_active_units() for v in kso.sparse_weights(model)] == counts
+        models.append(model)
+    masked, model = models
+    forms = [w.topology.is_condensed for w in kso.sparse_weights(model)]
+    assert any(forms) and np.isfinite(histories[1]["loss"]).all()
+    np.testing.assert_allclose(*(h["loss"] for h in histories), rtol=1e-3)
+    for a, b in zip(masks_of(masked), masks_of(model), strict=True):
+        assert np.array_equal(a, b)
+    kernels = [array(w.topology.kernel) for w in kso.sparse_weights(model)]
+    model.save_weights(tmp_path / "m.weights.h5")
+    masked.load_weights(tmp_path / "m.weights.h5")
+    for weight, kernel in zip(kso.sparse_weights(masked), kernels):
+        assert np.array_equal(array(weight), kernel)
+    kso.strip(model)
+    assert not kso.sparse_weights(model)
+
+
 def test_generate_after_sparse_training():
     model, x, y = gpt2()
     kso.sparsify(model, 0.5)

@@ -25,7 +25,7 @@ KERNELS = [
 ]
 STRUCTURES = [
     kso.Unstructured(), kso.Block(4, 1), kso.Block(2, 3), kso.NM(2, 4), kso.NM(3, 4),
-    kso.ConstantFanIn(),
+    kso.ConstantFanIn(), kso.Block(2, 3, balanced=True), kso.Block(1, 4, balanced=True),
 ]  # fmt: skip
 
 
@@ -50,6 +50,12 @@ def groups_of(structure, kernel):
     shape, neuron_axes, input_axes = kernel
     s, i, n = matrices(np.zeros(shape), neuron_axes, input_axes).shape
     every = [(a, b, c) for a in range(s) for b in range(i) for c in range(n)]
+    if isinstance(structure, kso.Block) and structure.balanced:
+        groups_of_neurons: dict = {}
+        for a, b, c in every:
+            tile = groups_of_neurons.setdefault(c // structure.neurons, {})
+            tile.setdefault(b // structure.inputs, []).append((a, b, c))
+        return [list(tiles.values()) for tiles in groups_of_neurons.values()]
     if isinstance(structure, kso.Block):
         tiles: dict = {}
         for a, b, c in every:
@@ -81,13 +87,23 @@ def has_structure(structure, kernel, mask, dense=False):
         return counts == (sizes if dense else wanted)
     if isinstance(structure, kso.ConstantFanIn):
         return len({c for c in counts if c}) == 1
+    if isinstance(structure, kso.Block) and structure.balanced:
+        return len(set(counts)) == 1
     return True
 
 
 def unit_score(values, unit, structure, kernel):
     columns: dict = {}  # each neuron's own sum first, in the order of the inputs
-    for p in unit:
-        columns[p[2]] = np.float32(columns.get(p[2], np.float32(0)) + values[p])
+    if isinstance(structure, kso.Block) and structure.balanced:  # those of a window before
+        windows: dict = {}
+        for p in unit:
+            at = 0, *p[1:]
+            windows[at] = np.float32(windows.get(at, np.float32(0)) + values[p])
+        values_of, positions = windows, list(windows)
+    else:
+        values_of, positions = values, unit
+    for p in positions:
+        columns[p[2]] = np.float32(columns.get(p[2], np.float32(0)) + values_of[p])
     total = np.float32(0)
     for neuron in sorted(columns):
         total = np.float32(total + columns[neuron])
@@ -203,7 +219,7 @@ def test_drop_and_grow_equals_the_oracle_and_the_compiled_one(structure, kernel)
         assert np.array_equal(matrices(new, *kernel[1:]), expected)
         assert has_structure(structure, kernel, new)
         draws = OfWeights(units).random_scores(mask, 1, 2, 3)
-        assert draws.shape == mask.shape and len(np.unique(draws)) > 1
+        assert draws.shape == mask.shape and len(np.unique(draws)) > (units.total > 1)
 
         dense, everything = rng.normal(size=mask.shape).astype("float32"), np.ones(mask.shape, bool)
         count = units.nearest(masks.num_active(mask.size, own_sparsity(structure)))
@@ -268,7 +284,7 @@ def network(structures, dense=False, more=False, seed=0):
     inputs = keras.Input((12,))
     x, rules, sparsities = inputs, {}, {}
     for i, structure in enumerate(structures):
-        x = layers.Reshape((3, 2, 2))(layers.Dense(12, name=f"s{i}_dense")(x))
+        x = layers.Reshape((2, 2, 3))(layers.Dense(12, name=f"s{i}_dense")(x))
         x = layers.BatchNormalization()(layers.Conv2D(6, 2, name=f"s{i}_convolution")(x))
         x = layers.Flatten()(layers.ReLU()(x))
         rules[f"s{i}_*"] = structure

@@ -301,7 +301,7 @@ def measured_skew(model: keras.Model) -> list[dict[str, Any]]:
         if normalization is None:
             continue
         fan_in, _ = fan_in_and_out(topology)
-        density = fan_in.ravel() * fan_in.size / math.prod(topology.variable.shape)
+        density = fan_in.ravel() * fan_in.size / math.prod(topology.shape)
         variance = host(normalization.moving_variance) + normalization.epsilon
         if variance.shape != density.shape:  # it normalizes several neurons together
             continue

@@ -20,7 +20,6 @@ from keras_sparseopt.backend.common import (
 )
 
 STEPS_SHARE_VARIABLES = False
-WAYS_TO_COMPILE = (True,)
 
 
 def is_traced(*arrays):
@@ -58,6 +57,11 @@ def is_whole(variable):
     return variable.value.is_fully_addressable
 
 
+def is_replicated(variable):
+    """Whether every device has all of a variable."""
+    return variable.value.sharding.is_fully_replicated
+
+
 def _is_on_host(value):
     if not value.is_fully_addressable:
         return False
@@ -78,13 +82,12 @@ def freed(variables):
             array.delete()
 
 
-def compiled(function, donate=(), jit=True):
+def compiled(function, donate=()):
     """`function` of lists and dicts of tensors, compiled once for each combination of shapes.
 
     Args:
         function: Pure function.
         donate: Positions of arguments whose memory the results may take.
-        jit: Bool, `True`.
     """
     return jax.jit(function, donate_argnums=donate)
 
@@ -135,10 +138,13 @@ class Tap:
         self.shape, self.dtype = tuple(like.shape), like.dtype
         self.variable: Any = None
 
-    def open(self):
+    def open(self, shape):
+        self.shape = tuple(shape)
+        is_alike = self.shape == tuple(self._like.shape)
         self.variable = keras.Variable(
             keras.initializers.Constant(self._empty_value), shape=self.shape, dtype=self.dtype,
-            trainable=False, name=self.name, layout=keras_internals.layout(self._like),
+            trainable=False, name=self.name,
+            layout=keras_internals.layout(self._like) if is_alike else None,
         )  # fmt: skip
 
     def close(self):
@@ -150,6 +156,64 @@ class Tap:
     def read(self):
         """The kept gradient: a tensor of the weight's shape, of the global batch."""
         return ops.convert_to_tensor(self.variable)
+
+
+class Seen:
+    """What the backward pass of a layer sees, and tells the optimizer in the same step.
+
+    It arrives as the "gradient" of a variable of zeros, which a step must differentiate by.
+
+    Args:
+        like: Keras variable, the layer's weight.
+        name: String.
+    """
+
+    def __init__(self, like, name):
+        self._like, self._name = like, name
+        self.variable: Any = None
+        self.arrived: Any = None
+
+    def open(self, shape):
+        if self.variable is None or tuple(self.variable.shape) != tuple(shape):
+            self.variable = keras.Variable(
+                "zeros", shape=shape, dtype="float32", trainable=True, autocast=False,
+                name=self._name,
+            )  # fmt: skip
+            self.variable.is_seen = True
+
+    def close(self):
+        self.variable = None
+
+    @property
+    def shape(self):
+        """Of what is told."""
+        return tuple(self.variable.shape)
+
+    def through(self, outputs, inputs, look):
+        """`outputs` as they are; the backward pass tells `look(inputs, gradient of outputs)`."""
+
+        @jax.custom_vjp
+        def same(outputs, inputs, zeros):
+            return outputs
+
+        def forward(outputs, inputs, zeros):
+            return outputs, inputs
+
+        def backward(inputs, gradient):
+            return gradient, jax.numpy.zeros_like(inputs), look(inputs, gradient)
+
+        same.defvjp(forward, backward)
+        return same(outputs, inputs, ops.convert_to_tensor(self.variable))
+
+    def take(self):
+        """What has arrived in this step; `None` if it was not differentiated by the zeros."""
+        arrived, self.arrived = self.arrived, None
+        return arrived
+
+
+def num_replicas(optimizer):
+    """How many replicas compute their own gradients: a step here is one for all devices."""
+    return 1
 
 
 # ---------------------------------------------------------------------- several devices

@@ -30,7 +30,6 @@ from keras_sparseopt.backend.tensorflow_loop import (
 __all__ = ["copies_of_shards", "fit_in_own_loop", "of_all_workers", "share_statistics"]
 
 STEPS_SHARE_VARIABLES = True
-WAYS_TO_COMPILE = (True, False)
 
 
 def is_traced(*arrays):
@@ -69,6 +68,11 @@ def is_whole(variable):
     return True
 
 
+def is_replicated(variable):
+    """Whether every device has all of a variable."""
+    return True
+
+
 @contextlib.contextmanager
 def freed(variables):
     """Frees what the variables held before they are assigned, although Keras' `fit` refers to it.
@@ -78,15 +82,14 @@ def freed(variables):
     yield
 
 
-def compiled(function, donate=(), jit=True):
+def compiled(function, donate=()):
     """`function` of lists and dicts of tensors, compiled once for each combination of shapes.
 
     Args:
         function: Pure function.
         donate: Positions of arguments whose memory the results may take; of no use here.
-        jit: Bool, whether XLA compiles it.
     """
-    return tf.function(function, jit_compile=jit, autograph=False)
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def gradient_function(function, variables, of_norm=False):
@@ -147,7 +150,8 @@ class Tap:
         self.shape, self.dtype = tuple(like.shape), like.dtype
         self.variable: Any = None
 
-    def open(self):
+    def open(self, shape):
+        self.shape = tuple(shape)
         if self.variable is None:
             with colocated_scope(self._like.value):
                 self.variable = tf.Variable(
@@ -168,6 +172,61 @@ class Tap:
     def read(self):
         """The kept gradient: a tensor of the weight's shape, all-reduced outside of replicas."""
         return tf.ensure_shape(self.variable.read_value(), self.shape)
+
+
+class Seen:
+    """What the backward pass of a layer sees, and tells the optimizer in the same step.
+
+    The backward pass adds it to memory, of each replica its own.
+
+    Args:
+        like: Keras variable, the layer's weight.
+        name: String.
+    """
+
+    # No variable that a step must differentiate by.
+    variable: Any = None
+
+    def __init__(self, like, name):
+        self._memory = Tap(like, 0, name)
+
+    def open(self, shape):
+        if self._memory.variable is None or self._memory.shape != tuple(shape):
+            self._memory.open(shape)
+
+    def close(self):
+        self._memory.shape = ()
+        self._memory.close()
+
+    @property
+    def shape(self):
+        """Of what is told."""
+        return self._memory.shape
+
+    def through(self, outputs, inputs, look):
+        """`outputs` as they are; the backward pass tells `look(inputs, gradient of outputs)`."""
+
+        @tf.custom_gradient
+        def same(outputs, inputs):
+            def backward(gradient):
+                found = tf.cast(look(inputs, gradient), self._memory.dtype)
+                self._memory.variable.assign_add(found)
+                return gradient, None
+
+            return tf.identity(outputs), backward
+
+        return same(outputs, inputs)
+
+    def take(self):
+        """What has arrived in this step."""
+        arrived = tf.identity(self._memory.read())
+        self._memory.assign(tf.zeros_like(arrived))
+        return arrived
+
+
+def num_replicas(optimizer):
+    """How many replicas compute their own gradients."""
+    return keras_internals.strategy_of(optimizer).num_replicas_in_sync
 
 
 # ---------------------------------------------------------------------- several devices

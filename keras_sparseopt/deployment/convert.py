@@ -22,12 +22,6 @@ def check_exportable(model, inputs, batch_size=1):
             "TFLite files need TensorFlow's converter: save the model, and load and export it "
             f"under KERAS_BACKEND=tensorflow. Received: KERAS_BACKEND={backend.NAME}"
         )
-    condensed = [x.name for x in keras_internals.all_layers(model) if hasattr(x, "fan_in_entries")]
-    if condensed:
-        raise ValueError(
-            "`model` must be as it was before `condense`: TFLite has kernels of its own for zeros. "
-            f"Received: condensed layers {condensed}"
-        )
     return example_inputs(model, inputs, batch_size)
 
 

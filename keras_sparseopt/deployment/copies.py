@@ -8,12 +8,15 @@ import keras
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.deployment.measuring import relative_difference
+from keras_sparseopt.models.condensed import CondensedLayer
 from keras_sparseopt.models.conversion import strip
 
 
 def plain_copy(model):
     """A copy without masks, by way of a file."""
-    own = {type(layer).__name__: type(layer) for layer in keras_internals.all_layers(model)}
+    kinds = [type(layer) for layer in keras_internals.all_layers(model)]
+    kinds = [getattr(kind, "plain_class", kind) for kind in kinds]
+    own = {kind.__name__: kind for kind in kinds}
     try:
         with tempfile.TemporaryDirectory() as directory:
             path = pathlib.Path(directory) / "model.keras"
@@ -24,6 +27,12 @@ def plain_copy(model):
             "`model` must be one that Keras can save and load: the classes of its parts "
             f"registered, their `get_config` complete. Received: {error}"
         ) from error
+
+
+def plain_form(model):
+    """The model itself, or a copy without masks of one that holds condensed weights."""
+    layers = keras_internals.all_layers(model)
+    return plain_copy(model) if any(isinstance(x, CondensedLayer) for x in layers) else model
 
 
 def outputs_of(model, inputs):

@@ -16,8 +16,9 @@ from keras_sparseopt.deployment.convert import (
     exported,
     make_interpreter,
 )
+from keras_sparseopt.deployment.copies import plain_form
 from keras_sparseopt.deployment.measuring import milliseconds
-from keras_sparseopt.deployment.products import Letters, active_values, equation_of
+from keras_sparseopt.models.products import Letters, active_values, equation_of
 
 _UNARY = {
     "ABS", "CEIL", "ELU", "FLOOR", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "PRELU", "RELU",
@@ -108,7 +109,8 @@ def sparse_inference_report(model: keras.Model, inputs: Any = None) -> SparseInf
         assert not found.xnnpack and "first" in found.problems[0]
     ```
     """
-    with exported(model, check_exportable(model, inputs)) as directory:
+    inputs, model = check_exportable(model, inputs), plain_form(model)
+    with exported(model, inputs) as directory:
         return read_file(converted(directory), model, measure=True)
 
 

@@ -25,7 +25,7 @@ from keras_sparseopt.models.conversion import (
     sparse_weights,
     strip,
 )
-from keras_sparseopt.models.topology import attach_saved, detach, topology_of
+from keras_sparseopt.models.topology import attach_saved, detach, plain_weights, topology_of
 from keras_sparseopt.typing import Path
 
 _WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
@@ -140,7 +140,7 @@ def _load_into(model, saved, found):
     _check_fits(model, saved)
     with _unchanged_on_failure(model):
         for config, mask in found:
-            variable = model.weights[config["index"]]
+            variable = plain_weights(model)[config["index"]]
             if topology_of(variable) is not None:
                 set_mask(variable, mask)
         _hang(model, found)
@@ -152,7 +152,7 @@ def _load_into(model, saved, found):
 @contextlib.contextmanager
 def _unchanged_on_failure(model):
     had = sparse_weights(model)
-    variables = [*model.variables, *(variable.topology.mask_variable for variable in had)]
+    variables = [*model.variables, *(variable.topology.pattern for variable in had)]
     for optimizer in optimizers_of(model):
         variables += optimizer.variables
     before = [(variable, np.array(host(variable))) for variable in variables]
@@ -173,7 +173,7 @@ def _unchanged_on_failure(model):
 
 def _hang(model, found):
     for config, mask in found:
-        variable = model.weights[config["index"]]
+        variable = plain_weights(model)[config["index"]]
         if topology_of(variable) is None:
             attach_saved(variable, config).take(mask)
 
@@ -248,7 +248,7 @@ def _pack(saved, file, model, include_optimizer):
                 **variable.topology.get_config(),
                 "mask": blobs.add(np.packbits(host(variable.topology.mask))),
             }
-            for i, variable in enumerate(model.weights)
+            for i, variable in enumerate(plain_weights(model))
             if topology_of(variable) is not None and variable.topology.is_attached
         ]
         index = {"arrays": arrays, "masks": attached}

@@ -18,10 +18,11 @@ from keras_sparseopt.deployment.convert import (
     input_names,
     make_interpreter,
 )
+from keras_sparseopt.deployment.copies import plain_form
 from keras_sparseopt.deployment.engines import read_file
 from keras_sparseopt.deployment.measuring import relative_difference
-from keras_sparseopt.deployment.products import active_values
 from keras_sparseopt.files import check_place, write_aside
+from keras_sparseopt.models.products import active_values
 from keras_sparseopt.models.topology import topology_of
 from keras_sparseopt.typing import Path
 
@@ -78,8 +79,7 @@ def export_tflite(
     `docs/deployment.md`. The model does not change. TensorFlow backend only.
 
     Args:
-        model: Built Keras model that `model.export` can export, with masks or plain with zeros, not
-            condensed.
+        model: Built Keras model that `model.export` can export, with masks or plain with zeros.
         path: String or `pathlib.Path` of the file.
         float16: Bool, defaults to `False`. `True` stores values in half precision; they are
             computed with in float32. Not for `Block(4, 1)`, which TFLite then computes wrongly: an
@@ -123,7 +123,7 @@ def export_tflite(
                 f"Received: batch_size={batch_size}"
             )
     check_place(path)
-    inputs = check_exportable(model, inputs, batch_size or 1)
+    inputs, model = check_exportable(model, inputs, batch_size or 1), plain_form(model)
     values = "float16" if float16 else "float32"
     with exported(model, inputs) as directory:
         dense, sparse = converted(directory, sparse=False), converted(directory, values)

@@ -139,6 +139,8 @@ class DynamicSparseTraining(StepCallback):
     uses_gradient = False
     # Whether connections grow, so that the options about that mean something.
     grows = True
+    # Whether every weight keeps its number of active units in an update.
+    keeps_number = True
     # Whether a mask may stay below the number of active weights that it was given.
     keeps_budget = False
     # What `read_logs` writes.
@@ -332,6 +334,13 @@ class DynamicSparseTraining(StepCallback):
         return drop_fraction_at(step, self.drop_fraction, self.drop_schedule, self.schedule)
 
     def check_weights(self) -> None:
+        condensed = [w.topology.name for w in self.weights() if w.topology.is_condensed]
+        if condensed and not self.keeps_number:
+            raise ValueError(
+                f"{type(self).__name__} changes how many weights are active, which condensed "
+                "weights cannot: prune first, then call keras_sparseopt.condense(model) (or "
+                "uncondense(model) now). Received: " + ", ".join(condensed)
+            )
         if self.redistribution is None:
             return
         for topology in (weight.topology for weight in self.weights()):
@@ -414,8 +423,8 @@ class DynamicSparseTraining(StepCallback):
         as_array = host if self._chooses_on_host([weight]) else ops.convert_to_tensor
         gradient = self.gradient_of(weight)
         gradient = None if gradient is None else as_array(gradient)
-        topology, value = weight.topology, as_array(weight.variable)
-        return moving.read(topology.units, value, as_array(topology.mask), gradient)
+        topology, values = weight.topology, as_array(weight.variable)
+        return topology.form.read(values, as_array(topology.filled_pattern), gradient)
 
     def _redistributed(self, weights, active, numbers):
         """How many units each weight drops, and how many it grows; of all together `numbers`."""
@@ -447,7 +456,7 @@ class DynamicSparseTraining(StepCallback):
         as_array = host if self._chooses_on_host([weight]) else ops.convert_to_tensor
         topology = weight.topology
         return moving.facts_of(
-            topology.geometry, as_array(weight.variable), as_array(topology.mask),
+            topology.geometry, as_array(weight.variable), as_array(topology.filled_pattern),
             {"step": self.current_step, "index": weight.index, **numbers},
             self.optimizer.correction,
         )  # fmt: skip
@@ -456,7 +465,7 @@ class DynamicSparseTraining(StepCallback):
         every = self.optimizer.weights
         weights = [weight for weight in every if weight.variable.trainable] or every
         facts = moving.inspect(weights)
-        size = sum(math.prod(weight.variable.shape) for weight in weights)
+        size = sum(math.prod(weight.topology.shape) for weight in weights)
         measures = {
             "sparsity": lambda: 1.0 - sum(fact["active"] for fact in facts.values()) / size,
             "drop_fraction": lambda: self.current_drop_fraction(self.current_step),

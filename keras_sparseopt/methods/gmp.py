@@ -67,6 +67,7 @@ class GMP(DynamicSparseTraining):
     """
 
     grows = False
+    keeps_number = False
     ends_with_update = True
     logged: tuple[str, ...] = ("sparsity", "dead_neurons")
 
@@ -100,7 +101,7 @@ class GMP(DynamicSparseTraining):
 
     def warn_if_idle(self) -> None:
         schedule, weights = self.schedule, self.weights()
-        size = sum(math.prod(weight.variable.shape) for weight in weights)
+        size = sum(math.prod(weight.topology.shape) for weight in weights)
         sparsity = 1 - sum(weight.topology.num_active() for weight in weights) / size
         name, is_before_end = type(self).__name__, self.current_step < schedule.end
         if is_before_end and sparsity >= self.final_sparsity > 0:
@@ -125,6 +126,7 @@ class GMP(DynamicSparseTraining):
         return self.current_step >= self.schedule.begin
 
     def check_weights(self) -> None:
+        super().check_weights()
         for topology in (weight.topology for weight in self.weights()):
             try:
                 topology.structure.check_sparsity(self.final_sparsity)

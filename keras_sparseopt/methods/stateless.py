@@ -21,6 +21,13 @@ def stateless_update(method, optimizer_variables, trainable_variables):
             "`stateless_step` needs masks that `sparsify` has attached. Received: layers that "
             f"are sparse by construction: {', '.join(owned)}"
         )
+    condensed = [w.topology.name for w in weights if w.topology.is_condensed]
+    if condensed:
+        raise ValueError(
+            "`stateless_step` cannot move condensed weights, whose indices are variables of the "
+            "model: use `step`, or keras_sparseopt.uncondense(model) before. Received: "
+            + ", ".join(condensed)
+        )
     trained = keras_internals.trained_variables(optimizer)
     lists = (trained, trainable_variables), (optimizer.variables, optimizer_variables)
     for own, given in lists:
@@ -44,7 +51,7 @@ def _update(method, weights, scope):
     fraction = method.current_drop_fraction(step)
     moving = []
     for weight in weights:
-        variables = [*weight.moving_variables, weight.topology.mask_variable]
+        variables = [*weight.moving_variables, weight.topology.pattern]
         moving.append(variables + ([] if weight.scale is None else [weight.scale]))
     gradients = [method.gradient_of(weight) for weight in weights]
     has_gradient = [True if g is None else is_gradient(g) for g in gradients]

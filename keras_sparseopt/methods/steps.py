@@ -26,6 +26,9 @@ class Run:
     def __init__(self, schedule):
         self.schedule = schedule
         self.lease: Any = None
+        # Whether dense gradients are kept only in the steps before something is due, as they cost
+        # more than all else does where weights are condensed.
+        self.has_windows = False
         self.epoch: int | None = None  # inside of `fit` only
         self.initial_epoch: Any = 0
         self.is_again = False  # whether such a callback has begun with this optimizer before
@@ -203,7 +206,7 @@ class StepCallback(keras.callbacks.Callback):
         self._run.logs = self.read_logs()
         return changed
 
-    def _take(self, optimizer):
+    def _take(self, optimizer, may_have_windows=False):
         """Begin with an optimizer; whether it keeps other gradients than before."""
         if not optimizer.built:
             raise ValueError(
@@ -224,7 +227,11 @@ class StepCallback(keras.callbacks.Callback):
         self.optimizer = optimizer
         self.check_weights()
         before = optimizer.kept_gradients
-        self._run.lease = self.lease(optimizer)
+        self._run.lease = lease = self.lease(optimizer)
+        if may_have_windows and lease is not None and not lease.averaging.outlasts_a_step:
+            self._run.has_windows = any(w.topology.is_condensed for w in self.weights())
+            if self._run.has_windows:
+                self.end()
         return optimizer.kept_gradients != before or optimizer.has_new_weights
 
     def step(self, batches: int = 1) -> dict[str, float]:
@@ -281,8 +288,8 @@ class StepCallback(keras.callbacks.Callback):
         """
         run = self._run
         run.pending += batches
-        most = run.step + math.ceil(run.pending * run.calls_per_batch / self._accumulation())
-        return self.acts and (most >= run.next or run.pending >= run.probe)
+        is_near = self._steps_at_most(run.pending) >= run.next
+        return self.acts and (is_near or run.pending >= run.probe)
 
     def _look(self):
         """Read the step count."""
@@ -383,7 +390,7 @@ class StepCallback(keras.callbacks.Callback):
             build_optimizer(model)
         elif not optimizer.built:  # the model's own step builds it
             return
-        self._take(optimizer)
+        self._take(optimizer, may_have_windows=True)
         self._run.compiled_with = getattr(model, "optimizer", None)
         use_step(model)
         self._tell_what_is_sparse(model)
@@ -462,14 +469,38 @@ class StepCallback(keras.callbacks.Callback):
         batches, run.seen = batch - run.seen, batch
         if self.optimizer is not None and self._has_another_optimizer():
             self._go_on_with_another(batches)
-        elif not batches:
-            return
-        elif self.optimizer is None:  # the first batch has built the model
+        elif batches and self.optimizer is None:  # the first batch has built the model
             self._begin_late()
-        elif self._may_be_due(batches):
+        elif batches and self._may_be_due(batches):
             self._attach_state()
             self._act_if_due()
             self._stop_keeping_gradients()
+        if self._run.has_windows:
+            self._keep_gradients_of_next()
+
+    def _keep_gradients_of_next(self):
+        """Keep dense gradients in the next batch if something is due after it, and else not."""
+        run = self._run
+        is_wanted = not self.is_over() and self._steps_at_most(run.pending, more=True) >= run.next
+        if is_wanted and run.pending:
+            self._attach_state()
+            self._look()
+            is_wanted = self._steps_at_most(0, more=True) >= run.next
+        if is_wanted == (run.lease is not None):
+            return
+        self._attach_state()
+        if is_wanted:
+            run.lease = self.lease(self.optimizer)
+        else:
+            self.end()
+        use_step(keras_internals.model_of(self))
+
+    def _steps_at_most(self, batches, more=False):
+        """The step count after so many batches since the last look; `more` for the next ones."""
+        run = self._run
+        if more:
+            batches += keras_internals.model_of(self).steps_per_execution
+        return run.step + math.ceil(batches * run.calls_per_batch / self._accumulation())
 
     def _begin_late(self):
         self._begin_fit(self.model)
@@ -485,11 +516,11 @@ class StepCallback(keras.callbacks.Callback):
         self._attach_state()
         run, model = self._run, self.model
         run.pending += batches
-        step = run.step + math.ceil(run.pending * run.calls_per_batch / self._accumulation())
+        step = self._steps_at_most(run.pending)
         self.end()
         optimizer = self._find_optimizer(model)
         build_optimizer(model)
-        self._take(optimizer)
+        self._take(optimizer, may_have_windows=True)
         run.compiled_with = model.optimizer
         optimizer.settle()
         run.pending, run.calls, run.offset = 0, 0, 0

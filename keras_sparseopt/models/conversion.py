@@ -12,9 +12,11 @@ from keras_sparseopt import distributions, keras_internals, masks
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_sparsity
 from keras_sparseopt.models import layers as sparse
+from keras_sparseopt.models.condensed import CondensedLayer, uncondense_layer
 from keras_sparseopt.models.graph import Following
 from keras_sparseopt.models.initializers import SparseHeNormal
 from keras_sparseopt.models.kernels import CONVOLUTIONS, kernels_of
+from keras_sparseopt.models.products import plain_class
 from keras_sparseopt.models.topology import (
     attach,
     detach,
@@ -378,7 +380,7 @@ def strip(model: keras.Model) -> keras.Model:
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
     owners = [x for x in keras_internals.all_layers(model) if isinstance(x, sparse.SparseLayer)]
-    own = [f"'{x.name}' ({type(x).__name__})" for x in owners if type(x) not in _PLAIN]
+    own = [f"'{x.name}' ({type(x).__name__})" for x in owners if plain_class(x) not in _PLAIN]
     if own:
         raise ValueError(
             "`model` must hold sparse layers of this package: a subclass of one has no plain "
@@ -395,6 +397,8 @@ def strip(model: keras.Model) -> keras.Model:
             "letting go of the masks would hide that. Zero them with set_mask(variable, "
             f"variable.topology.mask), or keep them. Received: {', '.join(moved)}"
         )
+    for layer in [x for x in keras_internals.all_layers(model) if isinstance(x, CondensedLayer)]:
+        uncondense_layer(layer)
     changed = sparse_weights(model)
     for layer in owners:
         _make_plain(layer)
@@ -468,7 +472,7 @@ def set_mask(target: Any, mask: Array) -> None:
         )
     topology = variables[0].topology
     mask = topology.check_mask(mask, is_final=True)
-    topology.change(mask)
+    topology.change(topology.form.of_mask(mask))
     topology.set_budget()
 
 
@@ -525,8 +529,8 @@ def masks_from_zeros(
                     f"the model before to give it another one. Received: structure={structure}, "
                     f"'{topology.name}' has {topology.structure}"
                 )
-    own = [(v, _from_zeros(v, v.topology.units)) for v in sparse_weights(model)]
-    found = [_from_zeros(k.variable, k.units(structures[id(k.variable)])) for k in new]
+    own = [(v, _from_zeros(v, v.topology.kernel, v.topology.units)) for v in sparse_weights(model)]
+    found = [_from_zeros(k.variable, k.variable, k.units(structures[id(k.variable)])) for k in new]
     for variable, mask in own:
         set_mask(variable, mask)
     attach_all(model, new, found, "auto", structures)
@@ -534,8 +538,8 @@ def masks_from_zeros(
     return {topology.name: topology.sparsity for topology in topologies}
 
 
-def _from_zeros(variable, units):
-    nonzero = host(variable) != 0
+def _from_zeros(variable, kernel, units):
+    nonzero = host(kernel) != 0
     if not nonzero.any():
         return np.ones_like(nonzero)
     try:

@@ -8,10 +8,12 @@ import keras
 from keras import layers as keras_layers
 
 from keras_sparseopt.backend import host
+from keras_sparseopt.models.condensing import why_masked
 from keras_sparseopt.models.conversion import masked_share, stays_dense, told_dense
 from keras_sparseopt.models.graph import Following
 from keras_sparseopt.models.kernels import NO_PRODUCT, kernels_of
-from keras_sparseopt.models.topology import topology_of
+from keras_sparseopt.models.topology import shape_of, topology_of
+from keras_sparseopt.structures import Block
 
 
 def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
@@ -28,7 +30,9 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
     Returns:
         List of dicts with `name` (of the layer; unique for sparse ones), `path` (of the weight),
         `type` (of the layer), `shape`, `sparsity`, `active_weights`, `weights`, `structure`
-        (string, `None` for a dense weight), `dense_because` (string, `""` for a sparse weight),
+        (string, `None` for a dense weight), `form` (`"masked"`, `"condensed"`, or `None`),
+        `masked_because` (string, why a sparse weight cannot be condensed, `""` if it can or is),
+        `dense_because` (string, `""` for a sparse weight),
         `skew_correction` (bool, `None` for a dense weight), `normalization` (that it feeds, or
         `None`), `moved` (inactive weights that are not 0), `flops_dense`, `flops_sparse` (ints or
         `None`).
@@ -63,11 +67,13 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
                 "name": kernel.layer.name if topology is None else topology.name,
                 "path": kernel.variable.path,
                 "type": type(kernel.layer).__name__,
-                "shape": tuple(kernel.variable.shape),
+                "shape": shape_of(kernel.variable),
                 "sparsity": 1.0 - active / kernel.size,
                 "active_weights": active,
                 "weights": kernel.size,
                 "structure": None if topology is None else _structure(topology),
+                "form": None if topology is None else _form(topology),
+                "masked_because": "" if topology is None else why_masked(kernel),
                 "dense_because": why,
                 "skew_correction": None if topology is None else topology.skew_correction,
                 "normalization": feeds or None,
@@ -80,8 +86,20 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
 
 
 def _structure(topology):
+    structure, text = topology.structure, f"{topology.structure}"
+    if isinstance(structure, Block) and structure.balanced:
+        neurons = topology.units.matrix_shape[2]
+        width = structure.width(neurons)
+        if width != structure.neurons:
+            text += f", of {width} as {structure.neurons} do not divide {neurons}"
+    if topology.is_condensed:
+        return text
     finished = topology.units.is_finished(host(topology.mask))
-    return f"{topology.structure}" if finished else f"{topology.structure}, unfinished"
+    return text if finished else f"{text}, unfinished"
+
+
+def _form(topology):
+    return "condensed" if topology.is_condensed else "masked"
 
 
 def _flops_per_weight(kernel, graph):
@@ -141,8 +159,8 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
     ```
     """
     rows = layer_costs(model)
-    header = ("weight", "kernel", "sparsity", "active / all", "structure", "feeds normalization",
-              "corrected", "FLOPs dense", "FLOPs sparse")  # fmt: skip
+    header = ("weight", "kernel", "sparsity", "active / all", "structure", "form",
+              "feeds normalization", "corrected", "FLOPs dense", "FLOPs sparse")  # fmt: skip
 
     def line(row):
         corrected = {None: "–", True: "yes", False: "no"}[row["skew_correction"]]
@@ -153,6 +171,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
             dense if row["skew_correction"] is None else f"{row['sparsity']:.4f}",
             f"{row['active_weights']:,} / {row['weights']:,}",
             row["structure"] or "–",
+            row["form"] or "–",
             row["normalization"] or "no",
             corrected,
             _si(row["flops_dense"]),
@@ -176,7 +195,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
             cost += f", FLOPs {_si(sparse)} of {_si(dense)} ({sparse / dense:.3f}×)"
         text.append(cost)
     masked_weights, every, dense = masked_share(model)
-    parameters = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    parameters = sum(math.prod(shape_of(variable)) for variable in model.trainable_variables)
     if every:
         text.append(
             f"{masked_weights / every:.1%} of the {every:,} weights of rank ≥ 2 have a mask; "
@@ -184,6 +203,9 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
         )
     if dense:
         text.append(f"without a mask: {told_dense(dense)}")
+    stays = [f"{r['name']} ({r['masked_because']})" for r in masked if r["masked_because"]]
+    if stays and any(row["form"] == "condensed" for row in masked):
+        text.append(f"masked, not condensed: {'; '.join(stays)}")
     moved = [row["name"] for row in masked if row["moved"]]
     if moved:
         text.append(

@@ -7,6 +7,7 @@ import keras
 from keras import layers
 
 from keras_sparseopt import backend, keras_internals, masks
+from keras_sparseopt.models.topology import shape_of
 from keras_sparseopt.structures import units_of
 
 
@@ -30,17 +31,17 @@ class Kernel:
 
     @property
     def size(self):
-        return math.prod(self.variable.shape)
+        return math.prod(shape_of(self.variable))
 
     def units(self, structure):
         """`Units` of a structure on this kernel."""
-        shape = tuple(self.variable.shape)
+        shape = shape_of(self.variable)
         return units_of(structure, shape, tuple(self.neuron_axes), tuple(self.input_axes))
 
     @property
     def shape(self):
         """Spatial axes, then all inputs, then all neurons: how ER and ERK see it."""
-        shape, known = self.variable.shape, {*self.neuron_axes, *self.input_axes}
+        shape, known = shape_of(self.variable), {*self.neuron_axes, *self.input_axes}
         spatial = [shape[axis] for axis in range(len(shape)) if axis not in known]
         inputs = [shape[axis] for axis in self.input_axes if axis not in self.neuron_axes]
         neurons = [shape[axis] for axis in self.neuron_axes]
@@ -100,7 +101,7 @@ def _is_of_keras(layer):
 
 
 def _by_name(layer, variable):
-    rank, name = len(variable.shape), variable.name
+    rank, name = len(shape_of(variable)), variable.name
     is_float = "float" in keras.backend.standardize_dtype(variable.dtype)
     if rank < 2 or not is_float or isinstance(layer, _NEVER) or "bias" in name:
         return None
@@ -112,7 +113,7 @@ def _by_name(layer, variable):
         return Kernel(layer, variable, (before,), (last,))
     if isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel":
         return Kernel(layer, variable, (before, last), (before,), "depthwise")
-    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and variable.shape[before] == 1:
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and shape_of(variable)[before] == 1:
         return Kernel(layer, variable, (last,), (before,), "depthwise")
     if isinstance(layer, layers.Embedding) or "embedding" in name:
         return Kernel(layer, variable, (last,), (before,), "embedding")

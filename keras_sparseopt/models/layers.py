@@ -11,6 +11,8 @@ from keras import ops
 
 from keras_sparseopt import keras_internals, masks
 from keras_sparseopt.checks import check_bool, check_sparsity
+from keras_sparseopt.forms import Geometry
+from keras_sparseopt.models.condensed import become, tiled_form, why_plain
 from keras_sparseopt.models.initializers import SparseHeNormal
 from keras_sparseopt.models.kernels import einsum_neuron_axes
 from keras_sparseopt.models.topology import Topology
@@ -29,6 +31,8 @@ def _initializer(value):
 class SparseLayer(keras.layers.Layer):
     """Mixin that gives a Keras layer with a `kernel` its mask. Comes before the Keras class."""
 
+    is_sparse_by_construction = True
+
     def __init__(
         self,
         *args: Any,
@@ -36,6 +40,7 @@ class SparseLayer(keras.layers.Layer):
         seed: int | None = None,
         skew_correction: bool = True,
         structure: Structure | None = None,
+        condensed: bool = False,
         **kwargs: Any,
     ) -> None:
         check_sparsity(sparsity)
@@ -46,6 +51,7 @@ class SparseLayer(keras.layers.Layer):
         check_bool("skew_correction", skew_correction)
         structure = as_structure(structure)
         structure.check_sparsity(sparsity)
+        check_bool("condensed", condensed)
         for refused in ("lora_rank", "lora_alpha", "quantization_config"):
             if kwargs.get(refused) is not None:
                 raise ValueError(
@@ -65,6 +71,7 @@ class SparseLayer(keras.layers.Layer):
         self._initial_sparsity = float(sparsity)
         self._skew_correction = skew_correction
         self._structure = structure
+        self._condensed = condensed
         self._config_seed = None if seed is None else int(seed)
         # Python's generator, as Keras initializers do, so that
         # `keras.utils.set_random_seed` makes unseeded layers reproducible.
@@ -89,6 +96,8 @@ class SparseLayer(keras.layers.Layer):
         input_axes = self._find_input_axes(len(shape))
         units = units_of(self._structure, shape, neuron_axes, input_axes)
         count = masks.num_active(math.prod(shape), self._initial_sparsity)
+        if self._condensed:
+            return self._add_condensed(units, units.nearest(count), kwargs)
         mask = units.random_mask(units.nearest(count), self._seed)
         initializer = kwargs["initializer"]
 
@@ -118,6 +127,57 @@ class SparseLayer(keras.layers.Layer):
             structure=self._structure, is_attached=False,
         ).hang()  # fmt: skip
         return kernel
+
+    def _add_condensed(self, units, count, kwargs):
+        """The active tiles as a weight, drawn as the kernel of a layer with so many inputs."""
+        why = why_plain(self, units, kwargs["regularizer"], kwargs["constraint"])
+        if why:
+            raise ValueError(
+                f"`condensed` is not for this layer: {why}. Received: condensed=True in "
+                f"'{self.name}'"
+            )
+        geometry = Geometry(
+            self._structure, units.shape, self._find_neuron_axes(len(units.shape)),
+            self._find_input_axes(len(units.shape)), self._skew_correction,
+            count // units.unit_shape[2],
+        )  # fmt: skip
+        form, initializer = geometry.form, kwargs["initializer"]
+        pattern = form.pattern(units.random_units(count, self._seed))
+        config: dict = getattr(initializer, "get_config", dict)()
+        if config.get("input_axes") is not None:  # of an einsum: those of a matrix now
+            config |= {"seed": initializer.seed, "input_axes": None, "output_axes": None}
+            initializer = type(initializer).from_config(config)
+        windows = self.kernel_size if hasattr(self, "kernel_size") else ()
+        groups, entries, width = form.values_shape()
+
+        def tiles(shape, dtype):
+            read = entries // form.windows
+            values = initializer((*windows, read, groups * width), dtype=dtype)
+            values = ops.reshape(values, (entries, groups, width))
+            values = ops.transpose(values, (1, 0, 2))
+            held = form.held(pattern)
+            return values if held is None else masks.masked(values, ops.convert_to_tensor(held))
+
+        options = {"shape": form.values_shape(), "initializer": tiles}
+        kernel = super().add_weight(**{**kwargs, **options})
+        indices = super().add_weight(
+            name="indices", shape=pattern.shape, dtype="int32", trainable=False, autocast=False,
+            initializer=lambda shape, dtype: ops.convert_to_tensor(pattern, dtype),
+            aggregation="only_first_replica",
+        )  # fmt: skip
+        indices.is_pattern = True
+        topology = Topology(
+            kernel, indices, geometry.neuron_axes, geometry.input_axes, self._skew_correction,
+            self.name, structure=self._structure, is_attached=False,
+        )  # fmt: skip
+        topology.shape, topology.tiles = units.shape, geometry.tiles
+        topology.hang()
+        return kernel
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self._condensed:
+            become(self, tiled_form(self))
 
     def _mask(self):
         return ops.convert_to_tensor(self.kernel_mask)
@@ -171,6 +231,7 @@ class SparseLayer(keras.layers.Layer):
             "seed": self._config_seed,
             "skew_correction": self._skew_correction,
             "structure": structure_config(self._structure),
+            "condensed": self._condensed,
         }
 
     def save_own_variables(self, store):
@@ -235,6 +296,9 @@ _SPARSE_ARGS = """sparsity: Float in [0, 1), the inactive fraction, defaults to 
             layer, such as a classifier head.
         structure: `Structure` of the mask, such as `Block(4, 1)`; `None` (default) for
             `Unstructured()`. Sparsities are rounded to what it can express.
+        condensed: Bool, defaults to `False`. `True` stores and multiplies only the active tiles of
+            a balanced `Block`, see `condense`: no array of the kernel's shape is ever made. Initial
+            values are drawn for the inputs that a neuron reads.
         **kwargs: Every other argument of `keras.layers.{base}`, except LoRA and
             quantization. `kernel_initializer="sparse_he_normal"` draws by each neuron's
             actual fan-in.
@@ -250,7 +314,8 @@ _SPARSE_ARGS = """sparsity: Float in [0, 1), the inactive fraction, defaults to 
 
     Raises:
         ValueError: For a wrong `sparsity`, `seed`, `skew_correction` or `structure`, a sparsity
-            that the structure cannot express, or for LoRA or quantization arguments.
+            that the structure cannot express, or for LoRA or quantization arguments. When it is
+            built, if it shall be condensed and cannot.
 """
 
 _EXAMPLE = """

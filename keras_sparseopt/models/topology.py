@@ -14,12 +14,8 @@ from keras import ops
 
 from keras_sparseopt import backend, keras_internals, masks
 from keras_sparseopt.backend import are_on_host, compiled, host
-from keras_sparseopt.structures import (
-    Geometry,
-    Unstructured,
-    as_structure,
-    structure_config,
-)
+from keras_sparseopt.forms import Geometry, compiled_of
+from keras_sparseopt.structures import Unstructured, as_structure, structure_config
 from keras_sparseopt.typing import Variable
 
 # ---------------------------------------------------------------------- the mask
@@ -41,10 +37,16 @@ class Topology:
     an error.
 
     Attributes:
-        variable: Keras variable, the weight.
-        mask: Bool `keras.Variable` of the weight's shape; `set_mask` changes it. An attached one
-            becomes a variable of the `SparseOpt` that trains the weight; that of a layer sparse by
-            construction is the layer's.
+        variable: Keras variable, the weight; of a condensed one the values of its active tiles.
+        shape: Tuple of ints, that of the plain kernel.
+        pattern: Keras variable that says which weights are active. Of a masked weight its bool
+            mask: an attached one becomes a variable of the `SparseOpt` that trains the weight, that
+            of a layer sparse by construction is the layer's. Of a condensed one the indices of its
+            active tiles: the layer's.
+        mask: Bool array of the kernel's shape, `True` = active; `set_mask` changes it. Of a masked
+            weight the `keras.Variable`, of a condensed one a tensor that is made when asked for.
+        kernel: The kernel with its zeros: of a masked weight the variable, else a tensor.
+        is_condensed: Bool, see `condense`.
         neuron_axes: Tuple of ints, the axes that index neurons.
         input_axes: Tuple of ints, the axes that index input channels.
         skew_correction: Bool, whether `SparseOpt` may correct this weight's gradient.
@@ -61,7 +63,14 @@ class Topology:
         structure=None, is_attached=True, announced=None,
     ):  # fmt: skip
         self.variable = variable
-        self.mask_variable = mask
+        self.shape = tuple(variable.shape)
+        self.pattern = mask
+        # The active tiles of each group of a condensed weight; `None` for a masked one.
+        self.tiles: int | None = None
+        # To whom the layer of a condensed weight tells of dense gradients: list of `Seen`.
+        self.seen: list = []
+        # How often the layer was called in training since a step was last made.
+        self.calls = 0
         self.neuron_axes = tuple(neuron_axes)
         self.input_axes = tuple(input_axes)
         self.skew_correction = skew_correction
@@ -81,7 +90,7 @@ class Topology:
 
     def hang(self):
         """Hang on the weight: it, or a layer's mask, tells of assignments from now on."""
-        variable, mask = self.variable, self.mask_variable
+        variable, mask = self.variable, self.pattern
         variable.topology, variable.was_stripped = self, False
         if self.is_attached:
             variable.constraint = KeepZeros(self, variable.constraint)
@@ -94,7 +103,27 @@ class Topology:
         return self
 
     @property
+    def is_condensed(self):
+        return self.tiles is not None
+
+    @property
     def mask(self):
+        pattern = self.filled_pattern
+        return self.form.mask(ops.convert_to_tensor(pattern)) if self.is_condensed else pattern
+
+    @property
+    def kernel(self):
+        if not self.is_condensed:
+            return self.variable
+        return self.form.plain(*map(ops.convert_to_tensor, (self.variable, self.pattern)))
+
+    def plain(self, variable):
+        """The weight, or a slot of it, as an array of the kernel's shape: NumPy's."""
+        return host(self.form.plain(host(variable), host(self.pattern)))
+
+    @property
+    def filled_pattern(self):
+        """The pattern; an error if it is not known."""
         self.fill()
         if self.is_open:
             raise ValueError(
@@ -103,7 +132,7 @@ class Topology:
                 "trained model (`set_weights`, `load_weights`); or, to train it from the start, "
                 "call keras_sparseopt.strip(model), then keras_sparseopt.sparsify(model, sparsity)."
             )
-        return self.mask_variable
+        return self.pattern
 
     @property
     def optimizers(self):
@@ -138,7 +167,7 @@ class Topology:
         """The mask that the zeros of a weight tell, `None` if they tell nothing."""
         if not backend.is_whole(self.variable):
             nonzero = ops.not_equal(ops.convert_to_tensor(weight), 0)
-            share = float(host(_count(nonzero))) / math.prod(self.variable.shape)
+            share = float(host(_count(nonzero))) / math.prod(self.shape)
             is_told = 0 < share < 1 or share == self._announced
             return nonzero if is_told and self.structure == Unstructured() else None
         weight = host(weight)
@@ -165,15 +194,19 @@ class Topology:
 
     def num_active(self):
         """How many weights are active: int."""
+        pattern = self.filled_pattern
         if self.is_on_host():
-            return int(np.count_nonzero(host(self.mask)))
-        return int(host(_count(ops.convert_to_tensor(self.mask))))
+            return int(self.form.count(host(pattern)))
+        return int(host(compiled_of(self.form, "count")(ops.convert_to_tensor(pattern))))
 
     def num_active_units(self):
         """How many units of its structure are active: int."""
+        pattern = self.filled_pattern
+        if self.is_condensed:
+            return math.prod(self.pattern.shape)
         if self.is_on_host():
-            return int(self.units.num_active(host(self.mask)))
-        return int(host(self.units.num_active_compiled(ops.convert_to_tensor(self.mask))))
+            return int(self.units.num_active(host(pattern)))
+        return int(host(self.units.num_active_compiled(ops.convert_to_tensor(pattern))))
 
     def check_mask(self, mask, is_final=False):
         """`mask` as a NumPy bool array, if the weight may have it.
@@ -185,24 +218,51 @@ class Topology:
         Raises:
             ValueError: If it has another shape or dtype, or not the weight's structure.
         """
-        mask = masks.check_mask(mask, self.variable.shape)
+        mask = masks.check_mask(mask, self.shape)
         if not self.units.holds(mask) or (is_final and not self.units.is_finished(mask)):
             raise ValueError(
                 f"The mask of '{self.name}' must have the structure {self.structure}. Received: a "
                 "mask that has not"
             )
+        tiles = int(self.units.num_active(mask)) if self.is_condensed else 0
+        if self.is_condensed and tiles != self.num_active_units():
+            raise ValueError(
+                f"The mask of '{self.name}' must have {self.num_active_units()} tiles, as it is "
+                "condensed; for another number call keras_sparseopt.uncondense(model) before. "
+                f"Received: {tiles}"
+            )
         return mask
+
+    def check_units(self, chosen):
+        """The pattern of a NumPy array of active units, if the weight may have them."""
+        if not self.is_condensed:
+            return self.check_mask(self.units.write(chosen))
+        counts = np.count_nonzero(chosen, axis=1)
+        if chosen.shape != self.units.unit_shape or (counts != self.tiles).any():
+            raise ValueError(
+                f"Each group of neurons of '{self.name}' must keep its {self.tiles} tiles, as it "
+                f"is condensed. Received: from {counts.min()} to {counts.max()} tiles"
+            )
+        return self.form.pattern(chosen)
 
     @property
     def geometry(self):
         """`Geometry`: all that a mask update must know of the weight."""
-        return Geometry(self.structure, self.neuron_axes, self.input_axes, self.skew_correction)
+        return Geometry(
+            self.structure, self.shape, self.neuron_axes, self.input_axes, self.skew_correction,
+            self.tiles,
+        )  # fmt: skip
+
+    @property
+    def form(self):
+        """How it is stored: `Masked` or `Condensed`."""
+        return self.geometry.form
 
     def get_config(self):
         """What a file says of the mask, beside its values: dict of JSON."""
         config = {
             "path": self.variable.path,
-            "shape": list(self.variable.shape),
+            "shape": list(self.shape),
             "neuron_axes": list(self.neuron_axes),
             "input_axes": list(self.input_axes),
             "skew_correction": self.skew_correction,
@@ -213,14 +273,14 @@ class Topology:
         self.fill()
         if self.is_open:
             return {**config, "density": self._announced}
-        if keras_internals.is_absent(self.mask_variable):
+        if keras_internals.is_absent(self.pattern):
             return {**config, "density": 0.0}
-        return {**config, "density": self.num_active() / math.prod(self.variable.shape)}
+        return {**config, "density": self.num_active() / math.prod(self.shape)}
 
     @property
     def sparsity(self):
         """Inactive fraction: float."""
-        return 1.0 - self.num_active() / math.prod(self.variable.shape)
+        return 1.0 - self.num_active() / math.prod(self.shape)
 
     @property
     def neuron_sparsity(self):
@@ -231,14 +291,16 @@ class Topology:
     @property
     def units(self):
         """`Units`: the mask's structure on this kernel."""
-        return self.geometry.units(self.variable.shape)
+        return self.geometry.units
 
     def is_on_host(self):
         """Whether weight and mask lie in this process' memory."""
-        return are_on_host([self.variable, self.mask_variable])
+        return are_on_host([self.variable, self.pattern])
 
     def moved_weights(self):
         """How many inactive weights are not 0: what something other than SparseOpt has moved."""
+        if self.is_condensed:
+            return 0
         if self.is_on_host():
             return int(np.count_nonzero((host(self.variable) != 0) & ~host(self.mask)))
         weight, mask = ops.convert_to_tensor(self.variable), ops.convert_to_tensor(self.mask)
@@ -246,41 +308,67 @@ class Topology:
 
     # ------------------------------------------------------------------ changing it
 
-    def change(self, mask, grown=None):
-        """Mask, weight and all slots move together.
+    def change(self, new, grown=None):
+        """Pattern, weight and all slots move together.
 
         Args:
-            mask: NumPy bool array. Connections in both masks keep weight and slots; dropped ones
-                become 0.
-            grown: Array of the weight's shape, where new ones start; `None` (default) for 0.
+            new: NumPy array, the new pattern. Connections in both keep weight and slots; dropped
+                ones become 0.
+            grown: Array of the kernel's shape, where new ones start; `None` (default) for 0.
         """
-        weight = ops.convert_to_tensor(self.variable)
+        old = np.array(new if self.is_open else host(self.pattern)) if self.is_on_host() else None
+        values = ops.convert_to_tensor(self.variable)
         grown = None if grown is None else ops.convert_to_tensor(grown)
-        old = mask if self.is_open else self.mask
         if self.is_on_host():
-            survives = mask & host(old)
-            grows = None if grown is None else ops.convert_to_tensor(mask & ~survives)
-            weight = masks.moved(weight, ops.convert_to_tensor(survives), grows, grown)
+            values = self.form.moved(values, old, new, grown)
         else:
-            old, new = map(ops.convert_to_tensor, (old, mask))
-            weight = _moved(weight, old, new, grown)
+            pattern = ops.convert_to_tensor(new if self.is_open else self.pattern)
+            old = np.array(host(pattern)) if self.is_condensed else None
+            moved = compiled_of(self.form, "moved")
+            values = moved(values, pattern, ops.convert_to_tensor(new), grown)
         with self.moving():
-            self.variable.assign(weight)
-        self.replace_mask(mask)
+            self.variable.assign(values)
+        self._have(new, old)
 
     def replace_mask(self, mask, is_first=False):
         """A new mask for a weight that is 0 where it is inactive; optimizers follow."""
+        if self.is_condensed:
+            self.change(self.form.of_mask(host(mask)))
+        else:
+            self._have(mask)
+        if is_first:
+            self.set_budget()
+
+    def _have(self, pattern, old=None):
         self._announced = None
         with self.moving():
             # Copied: JAX may use NumPy's memory as it is, and cannot donate a buffer twice.
-            self.mask_variable.assign(np.array(mask) if isinstance(mask, np.ndarray) else mask)
-        for optimizer in self.optimizers:
-            optimizer.follow(self)
-        if is_first:
-            self.set_budget()
+            is_numpys = isinstance(pattern, np.ndarray)
+            self.pattern.assign(np.array(pattern) if is_numpys else pattern)
+        self._after_pattern(old)
         if self.is_compiled_in:
             self.is_compiled_in = False
             forget_steps([self.variable])
+
+    def take_kernel(self, kernel, mask=None):
+        """Weights win, of a condensed weight: a kernel of the plain shape from elsewhere.
+
+        Args:
+            kernel: NumPy array.
+            mask: Array, its mask; `None` (default) if only its zeros are known.
+
+        Raises:
+            ValueError: If it has more nonzero tiles than the weight holds, or the mask not as many.
+        """
+        if mask is not None:
+            mask = self.check_mask(mask)
+        else:
+            mask = self._fitting(kernel)
+            self._warn_of_zeros(kernel)
+        if mask is not None:
+            self.change(self.form.of_mask(host(mask)))
+        with self.moving():
+            self.variable.assign(self.form.stored(kernel, host(self.pattern)))
 
     def set_budget(self):
         """What is active now is what the mask was given."""
@@ -309,13 +397,11 @@ class Topology:
         """
         if self.is_moving or backend.is_traced(value) or keras_internals.in_stateless_scope():
             return None
-        if any(map(keras_internals.is_absent, (self.mask_variable, self.variable))):
+        if any(map(keras_internals.is_absent, (self.pattern, self.variable))):
             return None  # JAX's `fit` brings its state back
-        if variable is self.mask_variable:
-            if self.is_on_host():
-                self.check_mask(value)
-            return self._after_mask
-        if not self.is_attached:
+        if variable is self.pattern:
+            return self._before_pattern(value)
+        if self.is_condensed or not self.is_attached:
             return None
         self.weights_came |= self.is_open
         if self.is_open:
@@ -325,14 +411,29 @@ class Topology:
             self._warn_of_zeros(value)
         return None if mask is None else lambda: self.replace_mask(mask, is_first=self.is_open)
 
-    def _after_mask(self):
+    def _before_pattern(self, value):
+        if not self.is_condensed:
+            if self.is_on_host():
+                self.check_mask(value)
+            return self._after_pattern
+        if not self.form.is_pattern(host(value)):
+            raise ValueError(
+                f"The indices of '{self.name}' must be those of tiles, sorted, each once: from 0 "
+                f"to {self.form.num_tiles - 1}. Received: other ones"
+            )
+        old = np.array(host(self.pattern))
+        return lambda: self._after_pattern(old)
+
+    def _after_pattern(self, old=None):
         self._announced = None
         for optimizer in self.optimizers:
-            optimizer.follow(self)
+            optimizer.follow(self, old)
 
     def _fitting(self, weight):
         """The mask that nonzero weights want, `None` if they fit the present one."""
-        mask, weight = ops.convert_to_tensor(self.mask_variable), ops.convert_to_tensor(weight)
+        mask, weight = (ops.convert_to_tensor(x) for x in (self.pattern, weight))
+        if self.is_condensed:
+            mask = self.form.mask(mask)
         if self.is_on_host():
             outside, wanted, active, new = self.units.fit(host(weight), host(mask))
         else:
@@ -353,14 +454,11 @@ class Topology:
 
     def _warn_of_zeros(self, weight):
         """Where weights arrive that are much sparser than their mask: what training would fill."""
-        size = math.prod(self.variable.shape)
+        size, active = math.prod(self.shape), self.num_active()
         if self.is_on_host():
-            nonzero, active = (int(np.count_nonzero(host(x))) for x in (weight, self.mask_variable))
+            nonzero = int(np.count_nonzero(host(weight)))
         else:
-            nonzero, active = (
-                int(host(ops.count_nonzero(ops.convert_to_tensor(x))))
-                for x in (weight, self.mask_variable)
-            )
+            nonzero = int(host(ops.count_nonzero(ops.convert_to_tensor(weight))))
         few = 0.9 * size if active == size else 0.5 * active
         if 0 < nonzero < few:
             warnings.warn(
@@ -382,7 +480,7 @@ class Topology:
     def settle(self):
         """Weights win, also where an assignment went past the variable (`tf.train.Checkpoint`)."""
         self.fill()
-        if self.is_attached and not self.is_open:
+        if self.is_attached and not (self.is_open or self.is_condensed):
             mask = self._fitting(self.variable)
             if mask is not None:
                 self.replace_mask(mask)
@@ -405,12 +503,6 @@ def _count_moved(weight, mask):
 _count = compiled(masks.count)
 
 
-@compiled
-def _moved(weight, old, new, grown):
-    grows = ops.logical_and(new, ops.logical_not(old))
-    return masks.moved(weight, ops.logical_and(old, new), grows, grown)
-
-
 class KeepZeros(keras.constraints.Constraint):
     """Holds an attached mask under an optimizer that knows nothing of it.
 
@@ -430,7 +522,7 @@ class KeepZeros(keras.constraints.Constraint):
         w = ops.convert_to_tensor(w)
         if self.constraint is not None:
             w = self.constraint(w)
-        if self.topology.is_moving:
+        if self.topology.is_moving or self.topology.is_condensed:
             return w
         mask = self.topology.mask
         self.topology.is_compiled_in |= not backend.STEPS_SHARE_VARIABLES and backend.is_traced(w)
@@ -458,16 +550,21 @@ def attach(
         neuron_axes, input_axes, skew_correction, name, feeds, structure: As in `Topology`.
         announced: Float for a mask that is open: the share of active weights that it will have.
     """
+    return Topology(
+        variable, mask_variable(variable, mask), neuron_axes, input_axes, skew_correction, name,
+        feeds, structure, announced=announced,
+    ).hang()  # fmt: skip
+
+
+def mask_variable(variable, mask):
+    """A Keras variable that holds a mask for a weight, and lives where it does."""
     with backend.colocated_scope(variable.value):
-        mask = keras.Variable(
+        found = keras.Variable(
             initializer=np.array(mask), dtype="bool", trainable=False, autocast=False,
             aggregation="only_first_replica", name=f"{variable.path.replace('/', '_')}_mask",
         )  # fmt: skip
-    keras_internals.follow_layout(mask, of=variable)
-    return Topology(
-        variable, mask, neuron_axes, input_axes, skew_correction, name, feeds, structure,
-        announced=announced,
-    ).hang()  # fmt: skip
+    keras_internals.follow_layout(found, of=variable)
+    return found
 
 
 def attach_saved(variable, config):
@@ -498,6 +595,12 @@ def own_constraint(variable):
     """The constraint that a weight has without its mask."""
     constraint = variable.constraint
     return constraint.constraint if isinstance(constraint, KeepZeros) else constraint
+
+
+def shape_of(variable):
+    """The shape of a weight, of a condensed one that of its plain kernel: tuple of ints."""
+    topology = topology_of(variable)
+    return tuple(variable.shape) if topology is None else topology.shape
 
 
 def topology_of(variable):
@@ -547,6 +650,11 @@ def sparse_weights(model: keras.layers.Layer) -> list[Variable]:
     ```
     """
     return [v for v in model.weights if topology_of(v) is not None and v is v.topology.variable]
+
+
+def plain_weights(model):
+    """The weights that a model has when none of them is condensed, in order: list of variables."""
+    return [v for v in model.weights if not getattr(v, "is_pattern", False)]
 
 
 def sparse_layers(model: keras.layers.Layer) -> list[Any]:

@@ -3,6 +3,8 @@
 import collections
 import re
 
+from keras_sparseopt.models.topology import shape_of
+
 
 def matching(saved, variables):
     """Pairs what was saved of weights with variables.
@@ -20,7 +22,7 @@ def matching(saved, variables):
         Dict from positions in `variables` to positions in `saved`.
     """
     there = {i: (entry["path"], tuple(entry["shape"])) for i, entry in enumerate(saved)}
-    here = {i: (v.path, tuple(v.shape)) for i, v in enumerate(variables)}
+    here = {i: (v.path, shape_of(v)) for i, v in enumerate(variables)}
     found: dict[int, int] = {}
     for alike in (_without_numbers, _end_without_numbers):
         groups_there = _groups(there, alike)

@@ -1,8 +1,9 @@
 """An update of a mask: read, choose, move.
 
 *Read* gives arrays of units: value, active, gradient. *Choose* is a method's pure function of them.
-*Move* changes all that belongs to a weight together: itself, its mask, its slots, the correction's
-scale, the bits of what was ever active. The first and the last alone know how a weight is stored.
+*Move* changes all that belongs to a weight together: itself, its pattern, its slots, the
+correction's scale, the bits of what was ever active. The first and the last alone know how a weight
+is stored: they are functions of its form (`keras_sparseopt.forms`).
 
 | where | read | choose | move |
 |---|---|---|---|
@@ -13,6 +14,7 @@ scale, the bits of what was ever active. The first and the last alone know how a
 
 import functools
 import types
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -31,12 +33,19 @@ class Weight:
         explored: int32 variable, one bit per weight that was ever active.
         budget: int32 variable, the active units that the mask was given: what SRigL may use up.
         scale: Float variable, the correction of every neuron; `None` where there is none.
-        mask_copy: On JAX the optimizer's own copy of the mask of a layer sparse by construction,
-            which its step could not read; else `None`.
+        held_copy: The optimizer's own copy of what its step must hold at 0, where it could not
+            read that: on JAX the mask of a layer sparse by construction, and where the tiles of a
+            condensed weight reach beyond its inputs; else `None`.
+        seen: `Seen`, by what the backward pass of a condensed weight tells of its dense gradient
+            while somebody holds a lease; `None` before the first one.
+        calls: Int, how often the last traced step has called the layer of a condensed weight; 0 if
+            that is not known.
         taps: Dict from `Averaging` to the `Tap` that keeps the weight's dense gradient.
+        own_taps: The same, of what the optimizer gets as the gradient of a condensed weight that
+            has a regularizer.
     """
 
-    def __init__(self, variable, index, slots, explored, budget, scale, mask_copy):
+    def __init__(self, variable, index, slots, explored, budget, scale, held_copy):
         self.variable = variable
         self.topology = variable.topology
         self.index = index
@@ -44,13 +53,35 @@ class Weight:
         self.explored = explored
         self.budget = budget
         self.scale = scale
-        self.mask_copy = mask_copy
+        self.held_copy = held_copy
+        self.seen: Any = None
+        self.calls = 0
         self.taps: dict = {}
+        self.own_taps: dict = {}
 
     @property
-    def mask(self):
-        """The variable that the training step reads."""
-        return self.topology.mask_variable if self.mask_copy is None else self.mask_copy
+    def held(self):
+        """What the training step holds the values to: a bool variable; `None` for nothing."""
+        if self.held_copy is not None or self.topology.is_condensed:
+            return self.held_copy
+        return self.topology.pattern
+
+    def look(self, shape):
+        """Let the layer of a condensed weight tell of its dense gradient, in an array of a shape.
+
+        Compiled steps hold what it is told by, so that stays the same.
+        """
+        if self.seen is None:
+            self.seen = backend.Seen(self.variable, f"{self.variable.name}_seen")
+        self.seen.open(shape)
+        if self.seen not in self.topology.seen:
+            self.topology.seen.append(self.seen)
+
+    def look_away(self):
+        """Let it tell no more."""
+        if self.seen is not None and self.seen in self.topology.seen:
+            self.topology.seen.remove(self.seen)
+            self.seen.close()
 
     @property
     def moving_variables(self):
@@ -60,53 +91,41 @@ class Weight:
     @property
     def variables(self):
         """All that moves in a mask update."""
-        scale = [] if self.scale is None else [self.scale]
-        mask = self.topology.mask_variable
-        return [*self.moving_variables, mask, self.mask, *scale]
+        others = self.topology.pattern, self.held, self.scale
+        return [*self.moving_variables, *(v for v in others if v is not None)]
 
 
 # ---------------------------------------------------------------------- read
 
 
-def read(units, value, mask, gradient):
-    """(values, active, gradient) of the units of a weight.
-
-    Args:
-        units: `Units` of the weight.
-        value, mask: Arrays of the weight's shape.
-        gradient: Array of its shape, or `None`.
-
-    Returns:
-        Arrays of units: for a unit that is one weight its value and its gradient as they are, for
-        one of several the sums of their magnitudes; the gradient is `None` without one.
-    """
-    found = None if gradient is None else units.magnitudes(gradient)
-    return units.magnitudes(value), units.active(mask), found
-
-
-def facts_of(geometry, value, mask, numbers, correction):
+def facts_of(geometry, values, pattern, numbers, correction):
     """What hooks are told beside the arrays of units: a namespace.
 
     Args:
         geometry: `Geometry` of the weight.
-        value, mask: Arrays of its shape.
+        values, pattern: Arrays.
         numbers: Dict of numbers, which become attributes.
         correction: Function of a mask and neuron axes, SparseOpt's.
     """
-    units = geometry.units(mask.shape)
+    units, form = geometry.units, geometry.form
 
     def neuron_scale():
-        found = correction(mask, geometry.neuron_axes)
-        return units.of_neurons(host(found) if masks.on_host(mask) else found)
+        found = correction(form.mask(pattern), geometry.neuron_axes)
+        return units.of_neurons(host(found) if masks.on_host(pattern) else found)
+
+    def draw_weights(seed):
+        mask = form.mask(pattern)
+        return masks.random_scores(mask, seed, numbers["index"], numbers["step"])
 
     return types.SimpleNamespace(
         units=units,
         neuron_scale=neuron_scale,
-        mean_magnitude=lambda: masks.mean_magnitude(value, mask),
-        draw_weights=lambda seed: masks.random_scores(
-            mask, seed, numbers["index"], numbers["step"]
-        ),
-        **geometry._asdict(),
+        mean_magnitude=lambda: form.mean_magnitude(values, pattern),
+        draw_weights=draw_weights,
+        structure=geometry.structure,
+        neuron_axes=geometry.neuron_axes,
+        input_axes=geometry.input_axes,
+        skew_correction=geometry.skew_correction,
         **numbers,
     )
 
@@ -114,24 +133,27 @@ def facts_of(geometry, value, mask, numbers, correction):
 # ---------------------------------------------------------------------- move
 
 
-def follow(slots, explored, mask, correction, axes, is_first=False):
-    """What follows a new mask: slots are 0 where it is not, and it was active from now on.
+def follow(geometry, slots, explored, old, new, correction, is_first=False):
+    """What follows a new pattern: slots are 0 where it is not, and it was active from now on.
 
     Args:
-        slots: List of arrays of the weight's shape.
+        geometry: `Geometry` of the weight.
+        slots: List of arrays that are stored as its values.
         explored: int32 array of bits.
-        mask: Bool array, the new one.
+        old, new: Patterns.
         correction: Function of a mask and neuron axes, or `None`.
-        axes: Tuple of ints, the neuron axes.
         is_first: Bool, whether earlier masks do not count as explored.
 
     Returns:
         Tuple of slots, bits, and the correction's scale or `None`.
     """
-    slots = [ops.where(mask, slot, ops.cast(0, slot.dtype)) for slot in slots]
-    now = masks.packed(mask)
+    form, scale = geometry.form, None
+    slots = [form.followed(slot, old, new) for slot in slots]
+    now = form.bits(new)
     explored = now if is_first else ops.bitwise_or(explored, now)
-    return slots, explored, None if correction is None else correction(mask, axes)
+    if correction is not None:
+        scale = form.of_neurons(correction(form.mask(new), geometry.neuron_axes))
+    return slots, explored, scale
 
 
 def update(choose, correction, geometry, has_scale, is_first):
@@ -146,22 +168,21 @@ def update(choose, correction, geometry, has_scale, is_first):
         is_first: Bool, as in `follow`.
 
     Returns:
-        Function of ([value, *slots, explored], mask, gradient, numbers) → the first two, new, the
-        scale or `None`, and how many weights are new, are active, and how many units are active.
+        Function of ([values, *slots, explored], pattern, gradient, numbers) → the first two, new;
+        the scale or `None`; and how many weights are new, are active, and how many units are.
     """
+    form = geometry.form
 
-    def run(state, mask, gradient, numbers):
-        value, *slots, explored = state
-        facts = facts_of(geometry, value, mask, numbers, correction)
-        chosen, grown = choose(*read(facts.units, value, mask, gradient), facts)
-        new = facts.units.write(chosen)
-        survives = ops.logical_and(new, mask)
-        grows = ops.logical_and(new, ops.logical_not(mask))
-        value = masks.moved(value, survives, grows, facts.units.spread(grown))
+    def run(state, pattern, gradient, numbers):
+        values, *slots, explored = state
+        facts = facts_of(geometry, values, pattern, numbers, correction)
+        chosen, grown = choose(*form.read(values, pattern, gradient), facts)
+        new = form.pattern(chosen)
+        values = form.moved(values, pattern, new, grown)
         own = correction if has_scale else None
-        slots, explored, scale = follow(slots, explored, new, own, geometry.neuron_axes, is_first)
-        counts = masks.count(grows), masks.count(new), masks.count(chosen)
-        return [value, *slots, explored], new, scale, counts
+        slots, explored, scale = follow(geometry, slots, explored, pattern, new, own, is_first)
+        counts = form.num_grown(pattern, new), form.count(new), masks.count(chosen)
+        return [values, *slots, explored], new, scale, counts
 
     return run
 
@@ -184,39 +205,45 @@ class Mover:
 
     # ------------------------------------------------------------------ a mask has changed
 
-    def follow(self, weight, explores=True):
-        """A mask has changed: slots, correction and what was explored follow.
+    def follow(self, weight, old=None, explores=True):
+        """A pattern has changed: slots, correction and what was explored follow.
 
         Args:
             weight: `Weight`.
+            old: NumPy array, the pattern before, that slots are stored by; `None` (default) if they
+                are stored by the present one.
             explores: Bool; `False` where what was explored comes from a file, too.
         """
-        topology, optimizer = weight.topology, self._optimizer
-        mask = ops.convert_to_tensor(topology.mask_variable)
+        topology, optimizer, geometry = weight.topology, self._optimizer, weight.topology.geometry
         correction = None if weight.scale is None else optimizer.correction
-        axes = topology.neuron_axes
 
-        def run(slots, explored, mask):
-            return follow(slots, explored, mask, correction, axes)
+        def run(slots, explored, old, new):
+            return follow(geometry, slots, explored, old, new, correction)
 
-        if are_on_host([topology.mask_variable]):
-            mask = host(mask)
+        if are_on_host([topology.pattern]):
+            new = host(topology.pattern)
         else:
-            run = self._program(("follow", axes, correction is None), run)
+            new = ops.convert_to_tensor(topology.pattern)
+            run = self._program(("follow", geometry, correction is None), run)
         slots = [ops.convert_to_tensor(slot) for slot in weight.slots]
         explored = ops.convert_to_tensor(weight.explored)
         if optimizer.has_not_stepped():
             explored = ops.zeros_like(explored)
-        slots, explored, scale = run(slots, explored, mask)
+        slots, explored, scale = run(slots, explored, new if old is None else old, new)
         for slot, value in zip(weight.slots, slots):
             slot.assign(value)
-        if weight.mask_copy is not None:
-            copy = np.array(mask) if isinstance(mask, np.ndarray) else ops.copy(mask)
-            weight.mask_copy.assign(copy)
+        self._tell_step(weight, new)
         if scale is not None:
             weight.scale.assign(scale)
         if explores:
             weight.explored.assign(explored)
+
+    def _tell_step(self, weight, pattern):
+        """Give the step its own copy of what it holds, if it has one."""
+        if weight.held_copy is not None:
+            held = weight.topology.form.held(pattern)
+            held = np.array(held) if isinstance(held, np.ndarray) else ops.copy(held)
+            weight.held_copy.assign(held)
 
     # ------------------------------------------------------------------ a method's update
 
@@ -235,18 +262,20 @@ class Mover:
         changed = active = 0
         for weight, numbers in zip(weights, plan):
             topology, gradient = weight.topology, gradient_of(weight)
+            geometry, form = topology.geometry, topology.form
             gradient = None if gradient is None else host(gradient)
-            old = host(topology.mask)
-            value = host(weight.variable)
-            facts = facts_of(topology.geometry, value, old, numbers, optimizer.correction)
-            chosen, grown = choose(*read(facts.units, value, old, gradient), facts)
-            new, grown = host(facts.units.write(host(chosen))), facts.units.spread(grown)
-            del facts, gradient, value  # the memory is that of the variables, which may be freed
-            changed += int(np.count_nonzero(new & ~old))
-            active += int(np.count_nonzero(new))
+            old, values = host(topology.filled_pattern), host(weight.variable)
+            facts = facts_of(geometry, values, old, numbers, optimizer.correction)
+            chosen, grown = choose(*form.read(values, old, gradient), facts)
+            new, grown = topology.check_units(host(chosen)), geometry.units.spread(grown)
+            del facts, gradient, values  # the memory is that of the variables, which may be freed
+            changed += int(form.num_grown(old, new))
+            active += int(form.count(new))
             if not np.array_equal(new, old):
                 with backend.freed(weight.variables if donates else []):
-                    optimizer.rewire(weight.variable, new, keeps_budget, grown)
+                    topology.change(new, grown)
+                    if not keeps_budget:
+                        topology.set_budget()
         optimizer.mask_change.assign(changed / max(active, 1))
 
     def update_compiled(self, weights, choose, plan, gradient_of, keeps_budget, donates, key):
@@ -270,23 +299,23 @@ class Mover:
             moving = weight.moving_variables
             state = [ops.convert_to_tensor(variable) for variable in moving]
             numbers = {k: np.asarray(v, _dtype(v)) for k, v in numbers.items()}
-            mask = ops.convert_to_tensor(topology.mask)
-            state, mask, scale, (new, now, units) = program(
-                state, mask, gradient_of(weight), numbers
+            pattern = ops.convert_to_tensor(topology.filled_pattern)
+            others = [other for other in topology.optimizers if other is not optimizer]
+            before = np.array(host(pattern)) if others and topology.is_condensed else None
+            state, pattern, scale, (new, now, units) = program(
+                state, pattern, gradient_of(weight), numbers
             )
             with topology.moving():
                 for variable, value in zip(moving, state):
                     variable.assign(value)
-                topology.mask_variable.assign(mask)
-            if weight.mask_copy is not None:
-                weight.mask_copy.assign(ops.copy(mask))
+                topology.pattern.assign(pattern)
+            self._tell_step(weight, pattern)
             if scale is not None:
                 weight.scale.assign(scale)
-            for other in topology.optimizers:
-                if other is not optimizer:
-                    other.follow(topology)
-                if not keeps_budget:
-                    other.weight_of(weight.variable).budget.assign(ops.cast(units, "int32"))
+            for other in others:
+                other.follow(topology, before)
+            for one in () if keeps_budget else (optimizer, *others):
+                one.weight_of(weight.variable).budget.assign(ops.cast(units, "int32"))
             changed.append(new)
             active.append(now)
         counts = ops.maximum(sum(active), 1)
@@ -299,12 +328,15 @@ class Mover:
         """How many neurons have no active incoming weight: int."""
         number = 0
         for weight in weights:
-            axes = weight.topology.neuron_axes
-            if are_on_host([weight.mask]):
-                number += int(_count_dead(host(weight.mask), axes))
+            topology = weight.topology
+            axes = topology.neuron_axes
+            if topology.is_condensed:
+                continue  # every group of neurons has tiles
+            if are_on_host([topology.pattern]):
+                number += int(_count_dead(host(topology.pattern), axes))
             else:
                 count = self._program(("dead", axes), functools.partial(_count_dead, axes=axes))
-                number += int(host(count(ops.convert_to_tensor(weight.mask))))
+                number += int(host(count(ops.convert_to_tensor(topology.pattern))))
         return number
 
 
@@ -316,10 +348,11 @@ def _count_dead(mask, axes):
     return masks.count(masks.neuron_counts(mask, axes) == 0)
 
 
-def count_bits(words):
-    """How many bits are set in a variable of int32."""
-    if are_on_host([words]):
-        return masks.count_packed(host(words))
+def count_explored(weight):
+    """How many weights were ever active: int."""
+    form, words = weight.topology.form, weight.explored
+    if form.is_condensed or are_on_host([words]):
+        return form.count_bits(host(words))
     return int(host(_count_packed(ops.convert_to_tensor(words))))
 
 
@@ -344,13 +377,11 @@ def inspect(weights, gradient_of=lambda weight: None):
     found = {}
     for weight in weights:
         gradient = gradient_of(weight)
-        arrays = weight.variable, weight.mask
-        if are_on_host(arrays):
-            value, mask = map(host, arrays)
-            found[weight.index] = _facts_on_host(value, mask, gradient)
+        if are_on_host([weight.variable, weight.topology.pattern]):
+            facts = _facts_on_host(host(weight.variable), gradient)
         else:
-            tensors = [ops.convert_to_tensor(array) for array in arrays]
-            found[weight.index] = _compiled_facts(*tensors, gradient)
+            facts = _compiled_facts(ops.convert_to_tensor(weight.variable), gradient)
+        found[weight.index] = {"active": weight.topology.num_active(), **facts}
     always = {"gradient_is_finite": True, "has_gradient": True}
     return {
         index: {**always, **{name: np.asarray(value).item() for name, value in facts.items()}}
@@ -369,8 +400,8 @@ def is_gradient(gradient):
     return xp.any(is_something)
 
 
-def _facts_on_host(weight, mask, gradient):
-    facts = {"active": np.count_nonzero(mask), "weight_is_finite": _is_finite(weight)}
+def _facts_on_host(weight, gradient):
+    facts = {"weight_is_finite": _is_finite(weight)}
     if gradient is not None:
         gradient = host(gradient)
         facts["gradient_is_finite"] = _is_finite(gradient)
@@ -388,8 +419,8 @@ def _is_finite(values):
 
 
 @compiled
-def _compiled_facts(weight, mask, gradient):
-    facts = {"active": masks.count(mask), "weight_is_finite": ops.all(ops.isfinite(weight))}
+def _compiled_facts(weight, gradient):
+    facts = {"weight_is_finite": ops.all(ops.isfinite(weight))}
     if gradient is not None:
         facts["gradient_is_finite"] = ops.all(ops.isfinite(gradient))
         facts["has_gradient"] = is_gradient(gradient)

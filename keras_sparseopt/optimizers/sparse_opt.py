@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import types
 import warnings
 from typing import Any
 
@@ -20,12 +21,13 @@ from keras_sparseopt.models.topology import (
     is_trained_by,
     looks_trained_sparse,
     own_constraint,
+    shape_of,
     topology_of,
 )
 from keras_sparseopt.optimizers.gradients import Averaging, DenseGradients
 from keras_sparseopt.optimizers.ham import HAM
 from keras_sparseopt.optimizers.matching import matching
-from keras_sparseopt.optimizers.moving import Mover, Weight, count_bits
+from keras_sparseopt.optimizers.moving import Mover, Weight, count_explored
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
 from keras_sparseopt.typing import Array, Variable
 
@@ -69,6 +71,8 @@ class _State:
         self.traced: set | None = None
         # Whether weights that were sparse once have been looked for since the last step.
         self.has_looked = False
+        # The optimizers that this one is inside of, once that mattered.
+        self.around: list | None = None
         # What has begun with this optimizer: names of methods, and of their fits of one epoch.
         self.begun: set = set()
 
@@ -157,6 +161,7 @@ class SparseOpt(WrapperOptimizer):
         self.renormalize = renormalize
         self._state = _State(topologies or ())
         self._state.mover = Mover(self)
+        self._state.gradients.on_change = self._tell_around
 
     @classmethod
     def reasons_to_refuse(cls):
@@ -175,6 +180,7 @@ class SparseOpt(WrapperOptimizer):
         if self.built:
             return
         backend.check_optimizer(self)
+        variables = [variable for variable in variables if not _is_seen(variable)]
         with backend.init_scope():
             self._attach_saved(variables)
             base = self.base_optimizer()
@@ -262,44 +268,73 @@ class SparseOpt(WrapperOptimizer):
         """Whether a variable is one of its sparse weights."""
         return self._find(variable) is not None
 
-    def adopt(self, variable):
-        """Take a mask over that hangs on a variable which the optimizer was built with."""
+    def adopt(self, variable, number=None):
+        """Take a mask over that hangs on a variable which the optimizer was built with.
+
+        Args:
+            variable: Keras variable.
+            number: Int, its number among the optimizer's sparse weights; `None` (default) for the
+                next one.
+        """
         index = keras_internals.variable_index(self, variable)
         if index is None or index in self._state.weights:
             return
         topology, name = variable.topology, variable.path.replace("/", "_")
-        mask_copy = None
-        if topology.is_attached:
-            keras_internals.track(self, topology.mask_variable)
-        elif not backend.STEPS_SHARE_VARIABLES:
-            # A step sees optimizer variables, not the layer's mask.
-            mask_copy = keras.Variable(
-                np.array(host(topology.mask_variable)), dtype="bool", trainable=False,
-                layout=keras_internals.layout(variable), name=f"{name}_mask_copy",
-            )  # fmt: skip
-            self._state.copies.append(mask_copy)
+        self.check_condensed(topology)
+        form, held_copy = topology.form, None
+        if topology.is_attached and not topology.is_condensed:
+            keras_internals.track(self, topology.pattern)
+        elif topology.is_condensed or not backend.STEPS_SHARE_VARIABLES:
+            # A step on JAX sees optimizer variables, not the layer's mask.
+            held = form.held(host(topology.pattern))
+            if held is not None:
+                held_copy = keras.Variable(
+                    np.array(held), dtype="bool", trainable=False,
+                    layout=keras_internals.layout(variable), name=f"{name}_held",
+                )  # fmt: skip
+                self._state.copies.append(held_copy)
         explored = self.add_variable(
-            shape=(-(-math.prod(variable.shape) // 32),),
+            shape=(-(-form.num_bits // 32),),
             dtype="int32",  # several TensorFlow workers cannot share a uint8
             name=f"{name}_explored",
         )
         budget = self.add_variable((), dtype="int32", name=f"{name}_budget")
         scale = None
-        if self.skew_correction and topology.skew_correction:
-            shape = tuple(
-                size if axis in topology.neuron_axes else 1
-                for axis, size in enumerate(variable.shape)
-            )
+        if self._corrects(topology):
+            neurons = topology.neuron_axes
+            ones = np.ones([n if a in neurons else 1 for a, n in enumerate(topology.shape)])
+            shape = form.of_neurons(ones).shape
             scale = self.add_variable(shape, "ones", dtype="float32", name=f"{name}_correction")
         slots = keras_internals.slots_of(self._state.slots, self.base_optimizer(), variable)
         slots = [slot for slot in slots if tuple(slot.shape) == tuple(variable.shape)]
-        number = 1 + max((weight.index for weight in self.weights), default=-1)
-        weight = Weight(variable, number, slots, explored, budget, scale, mask_copy)
+        if number is None:
+            number = 1 + max((weight.index for weight in self.weights), default=-1)
+        if topology.is_condensed:
+            self._store_plain()
+        weight = Weight(variable, number, slots, explored, budget, scale, held_copy)
         self._state.weights[index] = weight
-        self._state.gradients.adopt(weight)
-        if not topology.is_open and backend.is_initialized(topology.mask_variable):
+        self._state.gradients.adopt(weight, self)
+        if not topology.is_open and backend.is_initialized(topology.pattern):
             self.follow(topology)
             self.set_budget(topology)
+
+    def check_condensed(self, topology):
+        """Raise ValueError for an inner optimizer that looks at the shape of a kernel."""
+        base = self.base_optimizer()
+        if topology.is_condensed and isinstance(base, optimizers.Muon):
+            raise ValueError(
+                f"{type(base).__name__} looks at a kernel as a matrix, which a condensed weight "
+                "is not: train it masked, keras_sparseopt.uncondense(model), or with another "
+                f"optimizer. Received: '{topology.name}'"
+            )
+
+    def _corrects(self, topology):
+        """Whether it corrects the gradient of a weight, as far as that could change anything."""
+        if not (self.skew_correction and topology.skew_correction):
+            return False
+        # Balanced tiles: all neurons have as many weights, unless a tile reaches beyond the inputs.
+        is_even = topology.is_condensed and not topology.form.is_padded
+        return not (is_even and type(self).correction is SparseOpt.correction)
 
     def begins_again(self, what):
         """Whether this has begun before with this optimizer; it does now."""
@@ -309,7 +344,60 @@ class SparseOpt(WrapperOptimizer):
 
     def forget(self, variable):
         """Let go of a weight whose mask goes."""
-        self._state.weights.pop(keras_internals.variable_index(self, variable), None)
+        weight = self._state.weights.pop(keras_internals.variable_index(self, variable), None)
+        if weight is not None:
+            for own in (weight.explored, weight.budget, weight.scale, weight.topology.pattern):
+                keras_internals.untrack(self, own)
+            copies = self._state.copies
+            copies[:] = [copy for copy in copies if copy is not weight.held_copy]
+
+    def _store_plain(self):
+        """Let files hold the slots of condensed weights as those of the plain kernels."""
+
+        def topology_by(slot):
+            for weight in self.weights:
+                if weight.topology.is_condensed and any(own is slot for own in weight.slots):
+                    return weight.topology
+            return None
+
+        def written(slot):
+            topology = topology_by(slot)
+            return None if topology is None else topology.plain(slot)
+
+        def read(slot, value):
+            topology = topology_by(slot)
+            if topology is None:
+                return None
+            return topology.form.stored(np.asarray(value), host(topology.pattern))
+
+        keras_internals.store_as(self.base_optimizer(), written, read)
+
+    def let_go(self, variable):
+        """Forget a weight that is about to be stored in another form.
+
+        Returns:
+            What `take_back` needs: a namespace, with `slots`.
+        """
+        weight, base = self.weight_of(variable), self.base_optimizer()
+        key = keras_internals.variable_key(base, variable)
+        state = types.SimpleNamespace(
+            index=weight.index,
+            slots=weight.slots,
+            recorded=self._state.slots.pop(key, []),
+            explored=weight.topology.form.bits_of_weights(host(weight.explored)),
+            budget=int(host(weight.budget)),
+        )
+        self.forget(variable)
+        return state
+
+    def take_back(self, variable, state):
+        """Go on with a weight that `let_go` has given away; its slots are stored as it is."""
+        key = keras_internals.variable_key(self.base_optimizer(), variable)
+        self._state.slots[key] = state.recorded
+        self.adopt(variable, state.index)
+        weight = self.weight_of(variable)
+        weight.explored.assign(weight.topology.form.bits_from_weights(state.explored))
+        weight.budget.assign(state.budget)
 
     def _check_slots(self):
         followed = {id(slot) for group in self._state.slots.values() for slot in group}
@@ -335,6 +423,53 @@ class SparseOpt(WrapperOptimizer):
 
     # ------------------------------------------------------------------ one training step
 
+    def apply(self, grads, trainable_variables=None):
+        if trainable_variables is not None:
+            grads, trainable_variables = list(grads), list(trainable_variables)
+            self._take_seen(grads, trainable_variables)
+            own = [i for i, v in enumerate(trainable_variables) if not _is_seen(v)]
+            grads, trainable_variables = ([x[i] for i in own] for x in (grads, trainable_variables))
+        super().apply(grads, trainable_variables)
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        every = self._with_seen()
+        own = [i for i, v in enumerate(every) if not _is_seen(v)]
+        if len(own) == len(every) or len(trainable_variables) != len(every):
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        self._take_seen(grads, every)
+        grads, values = ([x[i] for i in own] for x in (grads, trainable_variables))
+        values, optimizer_variables = super().stateless_apply(optimizer_variables, grads, values)
+        given = dict(zip(own, values))
+        values = [given.get(i, value) for i, value in enumerate(trainable_variables)]
+        return values, optimizer_variables
+
+    def _with_seen(self):
+        """The variables that a step is differentiated by while condensed weights are looked at."""
+        every = []
+        for variable in keras_internals.trained_variables(self):
+            every.append(variable)
+            topology = topology_of(variable)
+            seen = [] if topology is None else topology.seen
+            every += [s.variable for s in seen if s.variable is not None]
+        return every
+
+    def _tell_around(self):
+        """Optimizers around this one pair what they pass on with variables."""
+        is_condensed = any(weight.topology.is_condensed for weight in self.weights)
+        if backend.STEPS_SHARE_VARIABLES or not is_condensed:
+            return
+        if self._state.around is None:
+            self._state.around = keras_internals.optimizers_around(self)
+        for optimizer in self._state.around:
+            keras_internals.pair_with(optimizer, self._with_seen())
+
+    def _take_seen(self, grads, variables):
+        """Take what is no gradient out of what a step has found."""
+        arrived = {id(v): g for g, v in zip(grads, variables) if _is_seen(v)}
+        for weight in self.weights if arrived else ():
+            if weight.seen is not None:
+                weight.seen.arrived = arrived.get(id(weight.seen.variable))
+
     def _apply(self, grads, variables):
         if backend.is_single_replica():
             self._look_once()
@@ -347,6 +482,8 @@ class SparseOpt(WrapperOptimizer):
             for grad, weight in zip(grads, weights)
         ]
         weights = [weight for weight in weights if weight is not None]
+        for weight in weights:
+            weight.calls, weight.topology.calls = weight.topology.calls, 0
         with contextlib.ExitStack() as stack:
             for weight in weights:
                 stack.enter_context(weight.topology.moving())
@@ -363,16 +500,15 @@ class SparseOpt(WrapperOptimizer):
         grad = self._state.gradients.keep(
             grad, weight, self.base_optimizer(), self.loss_scale_factor
         )
-        _ = weight.topology.mask  # an error, if it is not known
-        mask = ops.convert_to_tensor(weight.mask)
+        _ = weight.topology.filled_pattern  # an error, if it is not known
         if weight.scale is None:
-            return masks.masked(grad, mask)
+            return _held(weight, grad)
         scale = ops.convert_to_tensor(weight.scale)
         if self.renormalize:
-            active = backend.summed_over_replicas(ops.cast(masks.masked(grad, mask), "float32"))
+            active = backend.summed_over_replicas(ops.cast(_held(weight, grad), "float32"))
             before, after = (ops.sum(ops.square(g)) for g in (active, active * scale))
             scale = scale * ops.sqrt(before / ops.where(after > 0, after, 1.0))
-        return masks.masked(grad * ops.cast(scale, grad.dtype), mask)
+        return _held(weight, grad * ops.cast(scale, grad.dtype))
 
     def correction(self, mask, neuron_axes):
         """The factor of every neuron's gradient: what a variant of the method overrides.
@@ -398,9 +534,9 @@ class SparseOpt(WrapperOptimizer):
         return type(optimizer) in KEEPS_ZEROS and (not changed or is_of_ham)
 
     def _mask_again(self, weight):
-        mask = ops.convert_to_tensor(weight.mask)
-        for variable in (weight.variable, *weight.slots):
-            self.assign(variable, masks.masked(ops.convert_to_tensor(variable), mask))
+        if weight.held is not None:
+            for variable in (weight.variable, *weight.slots):
+                self.assign(variable, _held(weight, ops.convert_to_tensor(variable)))
 
     # ------------------------------------------------------------------ topology
 
@@ -456,18 +592,19 @@ class SparseOpt(WrapperOptimizer):
                 fit, or has not the weight's structure. Nothing has changed then.
         """
         topology = self.weight_of(variable).topology
-        topology.change(topology.check_mask(new_mask), grown)
+        topology.change(topology.form.of_mask(topology.check_mask(new_mask)), grown)
         if not keeps_budget:
             topology.set_budget()
 
-    def follow(self, topology, explores=True):
+    def follow(self, topology, old=None, explores=True):
         """A mask has changed: slots, correction and what was explored follow.
 
         Args:
             topology: `Topology` of one of the optimizer's weights.
+            old: NumPy array, the pattern before; `None` (default) if slots are stored by this one.
             explores: Bool; `False` where what was explored comes from a file, too.
         """
-        self.mover.follow(self.weight_of(topology.variable), explores)
+        self.mover.follow(self.weight_of(topology.variable), old, explores)
 
     def settle(self):
         """Take over weights and masks that were changed from outside, past Keras' variables.
@@ -516,11 +653,11 @@ class SparseOpt(WrapperOptimizer):
                 "`itop_rate` needs a built optimizer with sparse weights to train. Received: "
                 f"built={self.built}, sparse weights: 0"
             )
-        explored = sum(count_bits(weight.explored) for weight in self.weights)
-        total = sum(math.prod(weight.variable.shape) for weight in self.weights)
+        explored = sum(count_explored(weight) for weight in self.weights)
+        total = sum(math.prod(weight.topology.shape) for weight in self.weights)
         if all_weights:
             trained = keras_internals.trained_variables(self)
-            dense = sum(math.prod(v.shape) for v in trained) - total
+            dense = sum(math.prod(shape_of(v)) for v in trained) - total
             explored, total = explored + dense, total + dense
         return explored / total
 
@@ -571,7 +708,8 @@ class SparseOpt(WrapperOptimizer):
     @property
     def kept_gradients(self):
         """What a compiled step writes: hashable, and different where the step must be another."""
-        return frozenset(self._state.gradients.kinds)
+        gradients = self._state.gradients
+        return frozenset([*gradients.kinds, *gradients.shapes])
 
     # ------------------------------------------------------------------ state
 
@@ -580,7 +718,7 @@ class SparseOpt(WrapperOptimizer):
         self._look_once()
         if keras_internals.is_training_state_taken():
             for weight in self.weights:  # an error now, or the state would be lost
-                _ = weight.topology.mask
+                _ = weight.topology.filled_pattern
         own = super().variables
         # A step that does not share variables must carry the transient state as well.
         return own if backend.STEPS_SHARE_VARIABLES else own + self.transient_variables
@@ -589,6 +727,11 @@ class SparseOpt(WrapperOptimizer):
     def transient_variables(self):
         """Mask copies and dense gradients, which Keras' files do not hold."""
         return self._state.copies + [tap.variable for tap in self._state.gradients.taps()]
+
+    @property
+    def seen_variables(self):
+        """What dense gradients of condensed weights arrive by in a step on JAX, just now."""
+        return [v for v in self._with_seen() if _is_seen(v)]
 
     @property
     def carried_gradients(self):
@@ -604,8 +747,8 @@ class SparseOpt(WrapperOptimizer):
             if weight.topology.is_open:
                 continue  # nothing is known of it yet
             if weight.topology.is_attached:
-                store[f"{at}_mask"] = host(weight.topology.mask_variable)
-            store[f"{at}_explored"] = host(weight.explored)
+                store[f"{at}_mask"] = host(weight.topology.mask)
+            store[f"{at}_explored"] = weight.topology.form.bits_of_weights(host(weight.explored))
             store[f"{at}_budget"] = host(weight.budget)
 
     def load_own_variables(self, store):
@@ -659,7 +802,8 @@ class SparseOpt(WrapperOptimizer):
             if can_look and (host(weight.variable)[~mask] != 0).any():
                 return False
             topology.replace_mask(mask)
-        weight.explored.assign(store[f"{at}_explored"])
+        explored = topology.form.bits_from_weights(np.asarray(store[f"{at}_explored"]))
+        weight.explored.assign(explored)
         weight.budget.assign(store[f"{at}_budget"])
         topology.settle()
         self.follow(topology, explores=False)
@@ -682,6 +826,18 @@ class SparseOpt(WrapperOptimizer):
         if saved:
             config["topologies"] = saved
         return config
+
+
+def _is_seen(variable):
+    """Whether it is no weight, but what a dense gradient arrives by."""
+    return getattr(variable, "is_seen", False)
+
+
+def _held(weight, values):
+    """Values, 0 where those of the weight are."""
+    if weight.held is None:
+        return values
+    return masks.masked(values, ops.convert_to_tensor(weight.held))
 
 
 def _was_sparse(variable, few):

@@ -7,22 +7,19 @@ import string
 from keras import layers
 
 from keras_sparseopt.backend import host
-from keras_sparseopt.models.layers import SparseLayer
 from keras_sparseopt.models.topology import topology_of
 
 
 def active_values(variable):
     """A weight as a NumPy array, zeros where its mask is."""
     topology = topology_of(variable)
-    return host(variable) if topology is None else host(variable) * host(topology.mask)
+    return host(variable) if topology is None else host(topology.kernel) * host(topology.mask)
 
 
 def equation_of(layer):
     """The einsum that a layer is, or `None` and why it cannot be condensed."""
-    kinds = layers.Dense, layers.EinsumDense, layers.Conv1D, layers.Conv2D
-    is_known = type(layer) in kinds or isinstance(layer, SparseLayer)
-    if not is_known or not isinstance(layer, kinds):
-        return None, f"{type(layer).__name__} cannot be condensed"
+    if not _is_one_of(layer, (layers.Dense, layers.EinsumDense, *_CONVOLUTIONS)):
+        return None, f"{plain_class(layer).__name__} cannot be condensed"
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return None, "it has LoRA or is quantized"
     if isinstance(layer, layers.EinsumDense):
@@ -36,6 +33,26 @@ def equation_of(layer):
     if layer.data_format != "channels_last":
         return None, "channels come first"
     return "...i,io->...o", ""
+
+
+_CONVOLUTIONS = layers.Conv1D, layers.Conv2D, layers.Conv3D
+
+
+def plain_class(layer):
+    """The class of a layer, of a condensed one that of the plain one."""
+    return getattr(type(layer), "plain_class", type(layer))
+
+
+def _is_one_of(layer, kinds):
+    """Whether it is a layer of these classes, and not of one that derives from them."""
+    is_known = plain_class(layer) in kinds or hasattr(layer, "is_sparse_by_construction")
+    return is_known and isinstance(layer, kinds)
+
+
+def is_convolution(layer):
+    """Whether it is a convolution that can be condensed: one of Keras, without groups."""
+    is_plain = not getattr(layer, "lora_enabled", False)
+    return is_plain and _is_one_of(layer, _CONVOLUTIONS) and layer.groups == 1
 
 
 class Letters:

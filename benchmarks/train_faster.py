@@ -1,0 +1,341 @@
+"""What training costs when weights are condensed: dense time over condensed time, and bytes.
+
+    python benchmarks/train_faster.py
+
+Each backend runs in a process of its own. Dense is always the faster of its ways (in TensorFlow
+with and without XLA), and so is condensed. Dense and condensed take turns; ratios of medians.
+
+| part | what is timed |
+|---|---|
+| layer | one Dense layer, forward and backward, compiled |
+| step | a step of `fit`: Adam on the dense network; SparseOpt(Adam) with RigL every 100 steps |
+| update | one mask update of a condensed 4096² layer, over a copy of the dense weight |
+| forward | the network of the layer alone, compiled, for few rows |
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+TILES = (1, 32), (1, 64), (1, 128), (16, 64), (64, 64)
+LAYERS = [  # rows, inputs, neurons, sparsity, tile
+    *((rows, 1024, 1024, 0.9, tile) for rows in (128, 512) for tile in TILES),
+    *((rows, 1024, 1024, zeros, (1, 64)) for rows in (128, 512) for zeros in (0.8, 0.95)),
+    *((512, width, width, 0.9, (1, 64)) for width in (128, 256, 512, 2048)),
+]
+STEPS = [  # network, batch, sparsity, tile
+    *(("MLP 4 × 1024", batch, 0.9, tile) for batch in (128, 512) for tile in TILES),
+    *(("MLP 4 × 1024", 128, zeros, (1, 64)) for zeros in (0.8, 0.95)),
+    *(("transformer d 512", 16, 0.9, tile) for tile in ((1, 64), (1, 128), (16, 64))),
+    ("BERT d 512", 16, 0.9, (1, 64)),
+]
+FORWARDS = [(rows, 1024, 1024, 0.9, (1, 64)) for rows in (1, 8, 128)]
+AIMS = [
+    "aims: layer 1024², 1×64: 3 × at 128 rows, 2 × at 512; step: MLP 2.5 × / 2 ×, transformer and "
+    "BERT (JAX) 1.8 ×; bytes 0.15; update at most 1; forward not slower from 8 rows on",
+]
+
+
+def networks(name):
+    """A function that makes the network, and one that makes inputs and targets of a batch."""
+    import keras
+    import numpy as np
+    from keras import layers
+
+    def mlp():
+        return keras.Sequential(
+            [
+                keras.Input((1024,)),
+                *(layers.Dense(1024, "relu") for _ in range(4)),
+                layers.Dense(10),
+            ]
+        )
+
+    def transformer(width=512, tokens=64, blocks=2):
+        inputs = keras.Input((tokens, width))
+        x = inputs
+        for _ in range(blocks):
+            h = layers.LayerNormalization()(x)
+            x = x + layers.MultiHeadAttention(8, width // 8)(h, h)
+            h = layers.LayerNormalization()(x)
+            x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(h))
+        return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling1D()(x)))
+
+    def bert():
+        import keras_hub
+
+        backbone = keras_hub.models.BertBackbone(
+            vocabulary_size=1000, num_layers=2, num_heads=8, hidden_dim=512,
+            intermediate_dim=2048, max_sequence_length=64,
+        )  # fmt: skip
+        outputs = layers.Dense(10)(backbone.output["pooled_output"])
+        return keras.Model(backbone.inputs, outputs)
+
+    rng = np.random.default_rng(0)
+
+    def batch_of(number):
+        y = rng.integers(0, 10, number)
+        if name.startswith("MLP"):
+            return rng.normal(size=(number, 1024)).astype("float32"), y
+        if name.startswith("transformer"):
+            return rng.normal(size=(number, 64, 512)).astype("float32"), y
+        ones = np.ones((number, 64), "int32")
+        tokens = rng.integers(0, 1000, (number, 64)).astype("int32")
+        return {"token_ids": tokens, "segment_ids": 0 * ones, "padding_mask": ones}, y
+
+    return {"M": mlp, "t": transformer, "B": bert}[name[0]], batch_of
+
+
+def turns(ways, seconds):
+    """Medians in ms of functions that take turns, after each was called once."""
+    for way in ways:
+        way()
+    times: list[list[float]] = [[] for _ in ways]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for way, own in zip(ways, times):
+            start = time.perf_counter()
+            way()
+            own.append(time.perf_counter() - start)
+    return [1000 * statistics.median(own) for own in times]
+
+
+def compiled_ways(function):
+    """A function of tensors, compiled in all ways that the backend has."""
+    from keras_sparseopt.backend import NAME
+
+    if NAME == "jax":
+        import jax
+
+        return [jax.jit(function)]
+    import tensorflow as tf
+
+    return [tf.function(function, jit_compile=jit, autograph=False) for jit in (True, False)]
+
+
+def gradients(function, values):
+    """The gradients of the sum of a function's results by its arguments."""
+    from keras_sparseopt.backend import NAME
+
+    if NAME == "jax":
+        import jax
+
+        return jax.grad(lambda v: function(*v).sum())(values)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        result = tf.reduce_sum(function(*values))
+    return tape.gradient(result, values)
+
+
+def layer_arrays(rows, inputs, neurons, sparsity, tile):
+    import numpy as np
+
+    import keras_sparseopt as kso
+    from keras_sparseopt.forms import Geometry
+
+    structure = kso.Block(*tile, balanced=True)
+    geometry = Geometry(structure, (inputs, neurons), (1,), (0,), True)
+    units = geometry.units
+    count = units.nearest(round((1 - sparsity) * inputs * neurons))
+    mask = units.random_mask(count, 0)
+    form = geometry._replace(tiles=count // units.unit_shape[2]).form
+    rng = np.random.default_rng(0)
+    kernel = (rng.normal(size=(inputs, neurons)) * mask).astype("float32")
+    pattern = form.of_mask(mask)
+    x = rng.normal(size=(rows, inputs)).astype("float32")
+    return x, kernel, form.stored(kernel, pattern), pattern
+
+
+def waited(function, arrays):
+    import keras
+
+    from keras_sparseopt.backend import host
+
+    host(keras.tree.flatten(function(*arrays))[-1])
+
+
+def time_layer(case, seconds, backward):
+    import numpy as np
+    from keras import ops
+
+    from keras_sparseopt.models.condensed import multiply
+
+    x, kernel, values, pattern = layer_arrays(*case)
+    factor = np.random.default_rng(1).normal(size=(x.shape[0], kernel.shape[1])).astype("float32")
+
+    def dense(x, kernel):
+        return ops.matmul(x, kernel) * factor
+
+    def sparse(x, values):
+        return multiply(ops.transpose(x), values, ops.convert_to_tensor(pattern)) * factor
+
+    found = []
+    for function, stored in ((dense, kernel), (sparse, values)):
+        arrays = [ops.convert_to_tensor(array) for array in (x, stored)]
+        step = function
+        if backward:
+            step = functools.partial(lambda f, *values: gradients(f, list(values)), function)
+        found.append([functools.partial(waited, w, arrays) for w in compiled_ways(step)])
+    times = turns([*found[0], *found[1]], seconds)
+    number = len(found[0])
+    return min(times[:number]), min(times[number:])
+
+
+def made(name, sparsity, tile, jit):
+    """The dense or (with a tile) the condensed network, compiled for training."""
+    import keras
+
+    import keras_sparseopt as kso
+
+    make, _ = networks(name)
+    keras.utils.set_random_seed(0)
+    model = make()
+    optimizer = keras.optimizers.Adam(1e-3)
+    if tile is not None:
+        head = model.layers[-1]
+        structure = kso.Block(*tile, balanced=True)
+        kso.sparsify(model, sparsity, "uniform", exclude=head, structure=structure)
+        kso.condense(model)
+        optimizer = kso.SparseOpt(optimizer)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, jit_compile=jit)
+    return model
+
+
+def bytes_of(model):
+    """Bytes of weights, gradients and Adam: trainable weights, twice, and optimizer variables."""
+    import numpy as np
+
+    def size(variables):
+        return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in variables)
+
+    indices = [v for v in model.weights if getattr(v, "is_pattern", False)]
+    return 2 * size(model.trainable_variables) + size(indices) + size(model.optimizer.variables)
+
+
+def time_step(name, batch, sparsity, tile, steps, rounds):
+    import keras
+
+    import keras_sparseopt as kso
+
+    _, batch_of = networks(name)
+    x, y = batch_of(batch * steps)
+    jits = (True,) if keras.backend.backend() == "jax" else (True, False)
+    kinds = [(t, jit) for t in (None, tile) for jit in jits]
+    models = [made(name, sparsity, t, jit) for t, jit in kinds]
+
+    def fit(model, tile):
+        callbacks = [] if tile is None else [kso.RigL(update_every=100, end_step=10**6)]
+        start = time.perf_counter()
+        model.fit(x, y, batch_size=batch, epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
+        return 1000 * (time.perf_counter() - start) / steps
+
+    times: dict = {kind: [] for kind in kinds}
+    for turn in range(rounds + 1):
+        for kind, model in zip(kinds, models):
+            found = fit(model, kind[0])
+            if turn:  # the first one compiles
+                times[kind].append(found)
+    medians = {kind: statistics.median(own) for kind, own in times.items()}
+    dense = min(t for (own, _), t in medians.items() if own is None)
+    sparse = min(t for (own, _), t in medians.items() if own is not None)
+    share = bytes_of(models[-1]) / bytes_of(models[0])
+    del models
+    gc.collect()
+    return dense, sparse, share
+
+
+def time_update(seconds):
+    import keras
+    import numpy as np
+
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((4096,)), keras.layers.Dense(4096)])
+    kso.sparsify(model, 0.9, structure=kso.Block(1, 64, balanced=True))
+    kso.condense(model)
+    model.compile(kso.SparseOpt(keras.optimizers.Adam(1e-3)), "mse")
+    model.optimizer.build(model.trainable_variables)
+    method = kso.SET(update_every=1, end_step=10**6)
+    method.begin(model.optimizer, 10**6)
+    plain = np.ones((4096, 4096), "float32")
+    return turns([plain.copy, method.update_masks], seconds)
+
+
+def worker(args):
+    import warnings
+
+    import keras
+
+    warnings.filterwarnings("ignore")
+
+    def tell(part, case, dense, sparse, **more):
+        row = {
+            "part": part, **case, "backend": keras.backend.backend(), "dense ms": dense,
+            "condensed ms": sparse, "×": dense / sparse, **more,
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+
+    names = "rows", "inputs", "neurons", "sparsity", "tile"
+    for part, cases in (("layer", LAYERS), ("forward", FORWARDS)):
+        for case in cases if part in args.parts else ():
+            found = time_layer(case, args.seconds, part == "layer")
+            tell(part, dict(zip(names, case)), *found)
+    for case in STEPS if "step" in args.parts else ():
+        if case[0].startswith(args.network):
+            dense, sparse, share = time_step(*case, args.steps, args.rounds)
+            columns = "network", "batch", "sparsity", "tile"
+            tell("step", dict(zip(columns, case)), dense, sparse, bytes=share)
+    if "update" in args.parts:
+        copy, update = time_update(args.seconds)
+        case = {"inputs": 4096, "neurons": 4096, "sparsity": 0.9, "tile": (1, 64)}
+        tell("update", case, copy, update, **{"update over copy": update / copy})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--parts", nargs="+", default=["layer", "forward", "step", "update"])
+    parser.add_argument("--network", default="", help="only networks whose name begins so")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each layer")
+    parser.add_argument("--steps", type=int, default=100, help="of one fit")
+    parser.add_argument("--rounds", type=int, default=3, help="fits of each network")
+    parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax"])
+    parser.add_argument("--no_file", action="store_true", help="only print")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    rows = []
+    for backend in args.backends:
+        process = subprocess.Popen(
+            [sys.executable, pathlib.Path(__file__), "--worker", *sys.argv[1:]],
+            env={**os.environ, "KERAS_BACKEND": backend}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("{"):
+                rows.append(json.loads(line))
+                told = {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}
+                print(told, flush=True)
+        if process.wait():
+            raise SystemExit(process.returncode)
+    if args.no_file:
+        return
+    from common import report
+
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    report("train_faster", rows, AIMS, both_backends=True)
+
+
+if __name__ == "__main__":
+    main()

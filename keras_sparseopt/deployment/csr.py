@@ -1,0 +1,63 @@
+"""Dense layers as SciPy matrices."""
+
+import itertools
+from typing import Any
+
+import keras
+
+from keras_sparseopt.models.conversion import check_built
+from keras_sparseopt.models.kernels import kernels_of
+from keras_sparseopt.models.products import Letters, active_values, equation_of
+
+
+def csr_matrices(model: keras.Model) -> dict[str, Any]:
+    """The sparse dense layers of a model as SciPy matrices, for inference in NumPy.
+
+    SciPy multiplies them without the zeros and without a framework's overhead, which wins for one
+    example at a time (`docs/deployment.md`). Biases and activations are yours to add.
+
+    Args:
+        model: Built Keras model, with masks or plain with zeros.
+
+    Returns:
+        Dict from the name of each `Dense`, `EinsumDense` that is a product of two matrices, and 1×1
+        convolution that has zeros, to a `scipy.sparse.csr_array` of shape (neurons, inputs).
+        Layers with one name are told apart by their path, and a number.
+
+    Raises:
+        TypeError: If `model` is not a Keras model.
+        ValueError: If it has no such layer.
+        ImportError: If SciPy is not installed.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_sparseopt as kso
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32, name="head")])
+    kso.sparsify(model, 0.9)
+    matrix = kso.csr_matrices(model)["head"]
+    x = np.ones(64, "float32")
+    np.testing.assert_allclose(matrix @ x, np.ravel(model(x[None])), rtol=1e-5, atol=1e-6)
+    ```
+    """
+    import scipy.sparse
+
+    check_built(model)
+    matrices = dict[str, Any]()
+    for kernel in kernels_of(model):
+        equation, _ = equation_of(kernel.layer)
+        matrix = active_values(kernel.variable)
+        if equation is not None and not matrix.all():
+            path = kernel.variable.path.removesuffix("/kernel")
+            more = (f"{path}_{number}" for number in itertools.count(1))
+            names = itertools.chain([kernel.layer.name, path], more)
+            name = next(name for name in names if name not in matrices)
+            matrices[name] = scipy.sparse.csr_array(Letters(equation).matrix(matrix).T)
+    if not matrices:
+        raise ValueError(
+            f"`model` must have dense layers with zeros. Received: model '{model.name}'"
+        )
+    return matrices
