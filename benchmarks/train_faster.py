@@ -8,7 +8,7 @@ with and without XLA), and so is condensed. Dense and condensed take turns; rati
 | part | what is timed |
 |---|---|
 | layer | one Dense layer, forward and backward, compiled |
-| step | a step of `fit`: Adam on the dense network; SparseOpt(Adam) with RigL every 100 steps |
+| step | a step of `fit`: Adam when dense; SparseOpt(Adam), one update of RigL in each `fit` |
 | update | one mask update of a condensed 4096² layer, over a copy of the dense weight |
 | forward | the network of the layer alone, compiled, for few rows |
 """
@@ -30,11 +30,14 @@ LAYERS = [  # rows, inputs, neurons, sparsity, tile
     *((rows, 1024, 1024, zeros, (1, 64)) for rows in (128, 512) for zeros in (0.8, 0.95)),
     *((512, width, width, 0.9, (1, 64)) for width in (128, 256, 512, 2048)),
 ]
-STEPS = [  # network, batch, sparsity, tile
-    *(("MLP 4 × 1024", batch, 0.9, tile) for batch in (128, 512) for tile in TILES),
-    *(("MLP 4 × 1024", 128, zeros, (1, 64)) for zeros in (0.8, 0.95)),
-    *(("transformer d 512", 16, 0.9, tile) for tile in ((1, 64), (1, 128), (16, 64))),
-    ("BERT d 512", 16, 0.9, (1, 64)),
+STEPS = [  # network, batch, sparsity, tile, steps
+    *(("MLP 4 × 1024", 128, 0.9, tile, 50) for tile in TILES),
+    *(("MLP 4 × 1024", 128, zeros, (1, 64), 50) for zeros in (0.8, 0.95)),
+    *(("MLP 4 × 1024", 512, 0.9, tile, 50) for tile in ((1, 64), (1, 128))),
+    *(("transformer d 512", 16, 0.9, tile, 50) for tile in ((1, 64), (1, 128))),
+    ("BERT d 512", 16, 0.9, (1, 64), 50),
+    ("1×1 convolutions 128/256/512", 32, 0.9, (1, 64), 25),
+    ("ResNet 64/128/256", 64, 0.9, (1, 64), 25),
 ]
 FORWARDS = [(rows, 1024, 1024, 0.9, (1, 64)) for rows in (1, 8, 128)]
 AIMS = [
@@ -68,6 +71,30 @@ def networks(name):
             x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(h))
         return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling1D()(x)))
 
+    def narrow():
+        inputs = x = keras.Input((16, 16, 3))
+        x = layers.Conv2D(64, 3, padding="same", use_bias=False)(x)
+        for width, strides in ((128, 1), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
+            x = layers.DepthwiseConv2D(3, strides, padding="same", use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization()(x))
+            x = layers.Conv2D(width, 1, use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization()(x))
+        return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+    def resnet():
+        inputs = x = keras.Input((16, 16, 3))
+        x = layers.Conv2D(64, 3, padding="same", use_bias=False)(x)
+        for width, strides in ((64, 1), (128, 2), (256, 2)):
+            short = x
+            if strides > 1:
+                short = layers.Conv2D(width, 1, strides, use_bias=False)(x)
+            for step in (strides, 1):
+                x = layers.ReLU()(layers.BatchNormalization()(x))
+                x = layers.Conv2D(width, 3, step, padding="same", use_bias=False)(x)
+            x = layers.Add()([x, short])
+        x = layers.GlobalAveragePooling2D()(layers.ReLU()(layers.BatchNormalization()(x)))
+        return keras.Model(inputs, layers.Dense(10)(x))
+
     def bert():
         import keras_hub
 
@@ -86,11 +113,14 @@ def networks(name):
             return rng.normal(size=(number, 1024)).astype("float32"), y
         if name.startswith("transformer"):
             return rng.normal(size=(number, 64, 512)).astype("float32"), y
+        if name[0] in "1R":
+            return rng.normal(size=(number, 16, 16, 3)).astype("float32"), y
         ones = np.ones((number, 64), "int32")
         tokens = rng.integers(0, 1000, (number, 64)).astype("int32")
         return {"token_ids": tokens, "segment_ids": 0 * ones, "padding_mask": ones}, y
 
-    return {"M": mlp, "t": transformer, "B": bert}[name[0]], batch_of
+    makers = {"M": mlp, "t": transformer, "B": bert, "1": narrow, "R": resnet}
+    return makers[name[0]], batch_of
 
 
 def turns(ways, seconds):
@@ -201,9 +231,10 @@ def made(name, sparsity, tile, jit):
     model = make()
     optimizer = keras.optimizers.Adam(1e-3)
     if tile is not None:
-        head = model.layers[-1]
-        structure = kso.Block(*tile, balanced=True)
-        kso.sparsify(model, sparsity, "uniform", exclude=head, structure=structure)
+        structure, left = kso.Block(*tile, balanced=True), [model.layers[-1]]
+        first = next((x for x in model.layers if isinstance(x, keras.layers.Conv2D)), None)
+        left += [] if first is None else [first]  # three channels
+        kso.sparsify(model, sparsity, "uniform", exclude=left, structure=structure)
         kso.condense(model)
         optimizer = kso.SparseOpt(optimizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -234,7 +265,7 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
     models = [made(name, sparsity, t, jit) for t, jit in kinds]
 
     def fit(model, tile):
-        callbacks = [] if tile is None else [kso.RigL(update_every=100, end_step=10**6)]
+        callbacks = [] if tile is None else [kso.RigL(update_every=steps, end_step=10**6)]
         start = time.perf_counter()
         model.fit(x, y, batch_size=batch, epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
         return 1000 * (time.perf_counter() - start) / steps
@@ -292,8 +323,8 @@ def worker(args):
             tell(part, dict(zip(names, case)), *found)
     for case in STEPS if "step" in args.parts else ():
         if case[0].startswith(args.network):
-            dense, sparse, share = time_step(*case, args.steps, args.rounds)
-            columns = "network", "batch", "sparsity", "tile"
+            dense, sparse, share = time_step(*case, args.rounds)
+            columns = "network", "batch", "sparsity", "tile", "steps"
             tell("step", dict(zip(columns, case)), dense, sparse, bytes=share)
     if "update" in args.parts:
         copy, update = time_update(args.seconds)
@@ -306,8 +337,7 @@ def main():
     parser.add_argument("--parts", nargs="+", default=["layer", "forward", "step", "update"])
     parser.add_argument("--network", default="", help="only networks whose name begins so")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each layer")
-    parser.add_argument("--steps", type=int, default=100, help="of one fit")
-    parser.add_argument("--rounds", type=int, default=3, help="fits of each network")
+    parser.add_argument("--rounds", type=int, default=2, help="fits of each network")
     parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax"])
     parser.add_argument("--no_file", action="store_true", help="only print")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

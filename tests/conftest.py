@@ -53,8 +53,9 @@ EXHAUSTIVE = {
     "test_condensed.py": [
         "*exported*", "*every_method*", "!*method[[]RigL]", "!*method[[]SET]", "!*method[[]SNFS]",
         "*every_optimizer*", "!*loss scaling]", "!*accumulation]", "*layer_computes*",
-        "!*computes*[[]dense-*", "!*computes*[[]query*", "!*computes*[[]strides-*", "*convolutions*",
-        "!*convolutions*RigL]", "*nested_layers*[[]True]", "*plain_model[[]keras]", "*mixed*",
+        "!*computes*[[]dense-*", "!*computes*[[]query*", "!*computes*[[]strides-*",
+        "*convolutions*", "!*convolutions*RigL]", "*nested_layers*[[]True]", "*mixed*",
+        "*plain_model[[]keras]",
         "*by_construction[[]*", "!*construction[[]dense]", "*killed*", "*reach_beyond*",
     ],
     "test_packed.py": ["*goes_into_a_model*", "*small*", "*frozen*"],
