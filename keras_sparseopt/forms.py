@@ -196,6 +196,7 @@ class Condensed:
         first = np.arange(self.num_tiles) * self.tile_inputs
         self._lengths = np.minimum(self.tile_inputs, self.inputs - first).astype("int32")
         self._size_of_input = self.windows * self.width
+        self._last: Any = None
 
     def values_shape(self):
         return self.groups, self.windows * self.tiles * self.tile_inputs, self.width
@@ -231,6 +232,21 @@ class Condensed:
         ones = ops.ones((self.groups * self.tiles,), "int32")
         return ops.scatter(where, ones, (self.groups, self.num_tiles)) > 0
 
+    def _routes(self, old, new):
+        """For each new tile the row of `_by_tile` that it had, and whether it had one.
+
+        A weight and its slots go the same way: on the host it is found once for all of them.
+        """
+        before = self._last
+        if before is not None and before[0] is old and before[1] is new:
+            return before[2]
+        xp, grid = masks.xp_of(new), self._grid(old)
+        rows = xp.reshape(self._at(self._positions(grid), new), (-1,))
+        found = rows, xp.reshape(self._at(grid, new), (-1, 1))
+        if masks.on_host(old, new):
+            self._last = old, new, found
+        return found
+
     def _positions(self, grid):
         """Where the values of every tile are: int32 (groups, all tiles), of rows of `_by_tile`."""
         xp = masks.xp_of(grid)
@@ -248,8 +264,12 @@ class Condensed:
     # ------------------------------------------------------------------ patterns
 
     def active(self, pattern):
-        xp = masks.xp_of(pattern)
-        return xp.transpose(self._grid(pattern))[None]
+        return self._units_of(self._grid(pattern))
+
+    def _units_of(self, array):
+        """An array of units of one (groups, all tiles)."""
+        turned = masks.xp_of(array).transpose(array)[None]
+        return np.ascontiguousarray(turned) if masks.on_host(turned) else turned
 
     def mask(self, pattern):
         return self._units.write(self.active(pattern))
@@ -281,18 +301,23 @@ class Condensed:
         tiles = functools.reduce(xp.add, [tiles[:, i] for i in range(self.windows)])
         tiles = functools.reduce(xp.add, [tiles[:, :, i] for i in range(self.tile_inputs)])
         sums = functools.reduce(xp.add, [tiles[..., i] for i in range(self.width)])
-        every = xp.take(xp.reshape(sums, (-1,)), self._positions(grid))
-        return xp.transpose(masks.masked(every, grid))[None]
+        if xp is np:
+            every = np.zeros(grid.shape, "float32")
+            every[grid] = sums.ravel()  # both in the order of groups, then tiles
+        else:
+            every = xp.take(xp.reshape(sums, (-1,)), self._positions(grid))
+            every = masks.masked(every, grid)
+        return self._units_of(every)
 
     def read(self, values, pattern, gradient):
         values = _beside(values, pattern)
-        xp, units, grid = masks.xp_of(values), self._units, self._grid(pattern)
+        units, grid = self._units, self._grid(pattern)
         found = gradient
         if gradient is not None and tuple(gradient.shape) != units.unit_shape:
             found = units.magnitudes(gradient)
         elif gradient is not None:
             found = units.shared(gradient)
-        return units.shared(self._sums(values, grid)), xp.transpose(grid)[None], found
+        return units.shared(self._sums(values, grid)), self._units_of(grid), found
 
     def with_active(self, gradient, active, pattern):
         """A dense gradient, or its sums over tiles, with what is known of the active tiles.
@@ -304,16 +329,18 @@ class Condensed:
         """
         if tuple(gradient.shape) == self._units.unit_shape:
             grid = self._grid(pattern)
-            where, known = masks.xp_of(grid).transpose(grid)[None], self._sums(active, grid)
+            where, known = self._units_of(grid), self._sums(active, grid)
         else:
             where, known = self.mask(pattern), self.plain(active, pattern)
         return masks.xp_of(known).where(where, known, gradient)
 
     def moved(self, values, old, new, grown=None):
-        xp, values, grid = masks.xp_of(new), _beside(values, new), self._grid(old)
-        where = xp.reshape(self._at(self._positions(grid), new), (-1,))
-        tiles = xp.take(self._by_tile(values), where, axis=0)
-        was_there = xp.reshape(self._at(grid, new), (-1, 1))
+        xp, values = masks.xp_of(new), _beside(values, new)
+        rows, was_there = self._routes(old, new)
+        tiles = xp.take(self._by_tile(values), rows, axis=0)
+        if grown is None and xp is np:
+            tiles[~was_there[:, 0]] = 0  # of a copy
+            return self._values_of(tiles)
         if grown is None:
             return self._values_of(masks.masked(tiles, was_there))
         start = self._by_tile(self.stored(self._units.spread(grown), new))

@@ -47,6 +47,11 @@ def tensor_of(variable):
     return variable.value
 
 
+def rows_at(array, indices):
+    """The rows of an array at indices that are valid: nothing looks whether they are."""
+    return jax.numpy.take(array, indices, axis=0, mode="clip")
+
+
 def are_on_host(variables):
     """Whether all the variables lie whole in this process, on CPU devices."""
     return all(_is_on_host(variable.value) for variable in variables)

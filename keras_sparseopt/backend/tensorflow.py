@@ -58,6 +58,11 @@ def tensor_of(variable):
     return tf.convert_to_tensor(variable.value)
 
 
+def rows_at(array, indices):
+    """The rows of an array at indices that are valid: nothing looks whether they are."""
+    return tf.gather(array, indices)
+
+
 def are_on_host(variables):
     """Whether all the variables lie whole in this process, on CPU devices."""
     return all("CPU" in variable.value.device for variable in variables)

@@ -64,7 +64,7 @@ def _gathered(columns, pattern, inputs):
     rest = ops.shape(columns)[1:]
     if inputs > 1:
         columns = ops.reshape(columns, (columns.shape[0] // inputs, inputs, *rest))
-    found = ops.take(columns, pattern, axis=0)
+    found = backend.rows_at(columns, pattern)
     return ops.reshape(found, (pattern.shape[0], pattern.shape[1] * inputs, *rest))
 
 
@@ -174,7 +174,7 @@ class CondensedLayer(keras.layers.Layer):
         kernel, mask = own.get("0"), own.pop("kernel_mask", None)
         own["0"], own["indices"] = host(self._kernel), None  # Keras counts the variables
         # Past what a layer sparse by construction does with a kernel of the plain shape.
-        kinds = type(self).__mro__
+        kinds = type(self).plain_class.__mro__
         plain: Any = next(x for x in kinds if x.__module__.startswith("keras.src"))
         plain.load_own_variables(self, own)
         self.take_kernel(np.asarray(kernel), mask)
