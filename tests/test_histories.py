@@ -43,13 +43,15 @@ class History:
         allowed: Dict from the name of each layer to how many of its weights may be nonzero.
     """
 
+    structure: kso.Block | None = None
+
     def __init__(self):
         keras.utils.set_random_seed(0)
         self.model = keras.Sequential(
             [keras.Input((8,)), *(layers.Dense(8, "tanh", name=name) for name in NAMES[:2])]
         )
         self.model.add(layers.Dense(4, name=NAMES[2]))
-        kso.sparsify(self.model, 0.6, "uniform")
+        kso.sparsify(self.model, 0.6, "uniform", structure=self.structure)
         self.allowed = self._active()
         self.saved = None
         self.compile("sgd", False)
@@ -57,15 +59,27 @@ class History:
     def _layer(self, name):
         return self.model.get_layer(name)
 
+    def _weight(self, name):
+        return self._layer(name)._kernel
+
+    def _topology(self, name):
+        return getattr(self._weight(name), "topology", None)
+
+    def _plain(self, name):
+        topology = self._topology(name)
+        return array(self._weight(name) if topology is None else topology.kernel)
+
     def _active(self):
-        masks = [self._layer(name).kernel.topology.mask for name in NAMES]
+        masks = [self._topology(name).mask for name in NAMES]
         return {name: int(array(mask).sum()) for name, mask in zip(NAMES, masks)}
 
     def _draw(self, name, mask):
         """New weights: a mask of which few were active before would leave nearly none."""
-        kernel = self._layer(name).kernel
-        draws = np.random.default_rng(len(name)).normal(size=kernel.shape)
-        kernel.assign(np.where(mask, draws, 0.0) / 4)
+        draws = np.random.default_rng(len(name)).normal(size=self._plain(name).shape)
+        self._give(name, (np.where(mask, draws, 0.0) / 4).astype("float32"))
+
+    def _give(self, name, kernel):
+        self._weight(name).assign(kernel)
 
     def _masks_again(self):
         """Of a model that was saved or cloned under an optimizer that knew nothing of masks.
@@ -77,7 +91,7 @@ class History:
             self.take_masks_from_zeros()
 
     def _nonzero(self, name):
-        return int(np.count_nonzero(array(self._layer(name).kernel)))
+        return int(np.count_nonzero(self._plain(name)))
 
     # What a user does -----------------------------------------------------------------
 
@@ -93,7 +107,7 @@ class History:
         trained = [n for n in NAMES if self._layer(n).trainable]
         if not trained:
             return
-        masked = [n for n in trained if hasattr(self._layer(n).kernel, "topology")]
+        masked = [n for n in trained if self._topology(n) is not None]
         callbacks = METHODS[method]() if is_ours and masked else []
         self.model.fit(X, Y, batch_size=4, verbose=0, callbacks=callbacks)
 
@@ -126,13 +140,15 @@ class History:
                 assert "denser than its mask" in str(error)
 
     def set_mask(self, name, seed):
-        topology = getattr(self._layer(name).kernel, "topology", None)
+        topology = self._topology(name)
         if topology is not None:
-            count, size = self.allowed[name], int(np.prod(topology.variable.shape))
-            order = np.random.default_rng(seed).permutation(size)
-            mask = (order < count).reshape(topology.variable.shape)
+            mask = self._random_mask(name, seed)
             kso.set_mask(topology.variable, mask)
             self._draw(name, mask)
+
+    def _random_mask(self, name, seed):
+        order = np.random.default_rng(seed).permutation(self._plain(name).size)
+        return (order < self.allowed[name]).reshape(self._plain(name).shape)
 
     def take_masks_from_zeros(self):
         kso.masks_from_zeros(self.model, include=list(NAMES))
@@ -142,7 +158,9 @@ class History:
         kso.strip(self.model)
         for name in NAMES:
             self._draw(name, True)
-        kso.sparsify(self.model, 0.6, "uniform", include=list(NAMES), seed=3)
+        kso.sparsify(
+            self.model, 0.6, "uniform", include=list(NAMES), seed=3, structure=self.structure
+        )
         self.allowed = self._active()
         self.compile("adam" if compiled else "sgd", True)
 
@@ -150,24 +168,88 @@ class History:
 
     def check(self):
         for name in NAMES:
-            kernel = self._layer(name).kernel
-            assert np.isfinite(array(kernel)).all()
+            kernel, topology = self._plain(name), self._topology(name)
+            assert np.isfinite(kernel).all()
             assert self._nonzero(name) <= self.allowed[name], (name, self._nonzero(name))
-            topology = getattr(kernel, "topology", None)
             if topology is not None:
                 mask = array(topology.mask)
-                assert not array(kernel)[~mask].any()
+                assert not kernel[~mask].any()
                 assert 0 < mask.sum() <= self.allowed[name]
         optimizer = self.model.optimizer
         if isinstance(optimizer, kso.SparseOpt) and optimizer.built:
             for weight in optimizer.weights:
                 inactive = ~array(weight.topology.mask)
-                assert np.array_equal(array(weight.held), ~inactive)
+                assert weight.held is None or np.array_equal(array(weight.held), ~inactive)
                 for slot in weight.slots:
-                    assert not array(slot)[inactive].any(), slot.path
+                    assert not weight.topology.plain(slot)[inactive].any(), slot.path
 
 
-def random_actions(seed):
+class InBothForms(History):
+    """The same with balanced tiles, which may be condensed now and then."""
+
+    structure = kso.Block(2, 4, balanced=True)
+
+    def _forms(self):
+        return [v.topology.is_condensed for v in kso.sparse_weights(self.model)]
+
+    def _give(self, name, kernel):
+        topology = self._topology(name)
+        if topology is not None and topology.is_condensed:
+            topology.take_kernel(kernel)
+        else:
+            super()._give(name, kernel)
+
+    def _random_mask(self, name, seed):
+        units = self._topology(name).units
+        return units.random_mask(self._topology(name).num_active_units(), seed)
+
+    def condense(self):
+        try:
+            kso.condense(self.model)
+        except ValueError as error:
+            expected = "must have a weight that can be condensed", "not in a SparseOpt was built"
+            assert any(text in str(error) for text in expected), error
+
+    def uncondense(self):
+        kso.uncondense(self.model)
+
+    def compile(self, inner, correct):
+        is_condensed = inner == "muon" and any(self._forms())
+        super().compile("sgd" if is_condensed else inner, correct)
+
+    def remember(self):
+        super().remember()
+        self.forms = self._forms()
+
+    def restore(self):
+        if self.saved is not None and self.forms == self._forms():
+            super().restore()
+
+    def clone(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory) / "m.weights.h5"
+            self.model.save_weights(path)
+            clone = keras.models.clone_model(self.model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                clone.load_weights(path)
+        self.model = clone
+        self._masks_again()
+
+    def _masks_again(self):
+        self.take_masks_from_zeros()  # zeros along whole inputs are only warned of
+
+    def take_masks_from_zeros(self):
+        structure = None if kso.sparse_weights(self.model) else self.structure
+        if structure is None:
+            structure = {name: self.structure for name in NAMES if self._topology(name) is None}
+        try:
+            kso.masks_from_zeros(self.model, include=list(NAMES), structure=structure or None)
+        except ValueError as error:
+            assert "as it is condensed" in str(error), error
+
+
+def random_actions(seed, kind=History):
     """A sequence of actions: list of tuples of a name and its arguments."""
     rng = random.Random(seed)
     kinds = {
@@ -183,12 +265,14 @@ def random_actions(seed):
         "take_masks_from_zeros": tuple,
         "strip_and_sparsify": tuple,
     }
+    if kind is InBothForms:
+        kinds |= {"condense": tuple, "uncondense": tuple}
     names = rng.choices(list(kinds), [4, *[1] * (len(kinds) - 1)], k=rng.randint(4, 9))
     return [(name, *kinds[name]()) for name in names]
 
 
-def run(actions):
-    history = History()
+def run(actions, kind=History):
+    history = kind()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is said is tested elsewhere
         for action, *arguments in actions:
@@ -202,3 +286,9 @@ def run(actions):
 @given(st.integers(0, 2**32))
 def test_any_history_keeps_a_sparse_model_sparse(seed):
     run(random_actions(seed))
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.integers(0, 2**32))
+def test_any_history_in_both_forms(seed):
+    run([("condense",), *random_actions(seed, InBothForms)], InBothForms)

@@ -405,8 +405,22 @@ def test_initializers_with_zeros_are_not_taken_for_masks(tmp_path):
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
     prepared(loaded)
-    loaded.fit(x, y, verbose=0)
+    with pytest.warns(UserWarning, match="zeros along whole inputs.*Received: 'zeros/kernel'"):
+        loaded.fit(x, y, verbose=0)
     assert [w.topology.name for w in kso.sparse_weights(loaded)] == ["c"]
+
+
+def test_masks_of_tiles_that_a_new_optimizer_does_not_know_are_spoken_of():
+    """Zeros along whole inputs: nothing tells them from what no data has reached."""
+    model = keras.Sequential([keras.Input((12,)), layers.Dense(16, name="a"), layers.Dense(3)])
+    kso.sparsify(model, 0.5, exclude="dense*", structure=kso.Block(2, 16, balanced=True))
+    weights = model.get_weights()
+    plain = keras.models.clone_model(model)
+    plain.set_weights(weights)
+    x, y = xy()
+    with pytest.warns(UserWarning) as caught:
+        prepared(plain).fit(x, y, verbose=0)
+    assert any("masks_from_zeros(model, structure=...)" in str(w.message) for w in caught)
 
 
 def test_a_clone_that_is_saved_before_it_has_weights_stays_unknown(tmp_path):

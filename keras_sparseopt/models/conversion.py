@@ -532,6 +532,8 @@ def masks_from_zeros(
     own = [(v, _from_zeros(v, v.topology.kernel, v.topology.units)) for v in sparse_weights(model)]
     found = [_from_zeros(k.variable, k.variable, k.units(structures[id(k.variable)])) for k in new]
     for variable, mask in own:
+        variable.topology.check_mask(mask, is_final=True)
+    for variable, mask in own:
         set_mask(variable, mask)
     attach_all(model, new, found, "auto", structures)
     topologies = [variable.topology for variable in sparse_weights(model)]

@@ -225,14 +225,14 @@ class SparseLayer(keras.layers.Layer):
         return self._kernel.topology.neuron_sparsity
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
             "sparsity": self._initial_sparsity,
             "seed": self._config_seed,
             "skew_correction": self._skew_correction,
             "structure": structure_config(self._structure),
-            "condensed": self._condensed,
         }
+        return {**config, "condensed": True} if self._condensed else config
 
     def save_own_variables(self, store):
         own: dict = {}

@@ -240,21 +240,33 @@ class SparseOpt(WrapperOptimizer):
 
     def _attach_to_zeros(self):
         """Masks for weights that were sparse once: an optimizer did not see them, being frozen."""
-        regained, trained = [], keras_internals.trained_variables(self)
+        regained, unsure, trained = [], [], keras_internals.trained_variables(self)
         told = matching(self._state.saved, trained)
         for position, variable in enumerate(trained):
             if topology_of(variable) is not None or getattr(variable, "was_stripped", False):
                 continue
-            if not _was_sparse(variable, 0.0 if position in told else _FEW_ZEROS):
-                continue
-            mask, rank = host(variable) != 0, len(variable.shape)
-            if position in told:
-                attach_saved(variable, self._state.saved[told[position]]).fill()
+            zeros, scattered = _zeros_of_training(variable)
+            entry = self._state.saved[told[position]] if position in told else None
+            if entry is not None and zeros and 1 - zeros <= entry["density"] + 1e-6:
+                attach_saved(variable, entry).fill()
                 how = "as the file describes it"
-            else:
+            elif scattered > (_FEW_ZEROS if entry is None else 0):
+                mask, rank = host(variable) != 0, len(variable.shape)
                 attach(variable, mask, (rank - 1,), (rank - 2,), False, variable.path)
                 how = "unstructured, not corrected"
-            regained.append(f"'{variable.path}' ({1 - mask.mean():.1%} zeros; {how})")
+            else:
+                if zeros > _FEW_ZEROS:
+                    unsure.append(f"'{variable.path}' ({zeros:.1%} zeros)")
+                continue
+            regained.append(f"'{variable.path}' ({zeros:.1%} zeros; {how})")
+        if unsure:
+            warnings.warn(
+                "Weights without a mask hold zeros along whole inputs or neurons, as masks of "
+                "tiles leave them, and as what no data has reached: they are trained densely. If "
+                "they were sparse call keras_sparseopt.masks_from_zeros(model, structure=...) "
+                f"before; else keras_sparseopt.strip(layer). Received: {', '.join(unsure)}",
+                stacklevel=4,
+            )
         if regained:
             warnings.warn(
                 "SparseOpt takes masks from the zeros of weights that have none, as after a file "
@@ -840,24 +852,25 @@ def _held(weight, values):
     return masks.masked(values, ops.convert_to_tensor(weight.held))
 
 
-def _was_sparse(variable, few):
-    """Whether a weight has more zeros than `few`, among different values: it was sparse once.
+def _zeros_of_training(variable):
+    """The share of zeros that a weight has among different values, as a sparse one would.
 
-    Zeros along a whole input or neuron do not count: what no data has reached may be as an
-    initializer has left it.
+    Returns:
+        Tuple of floats: of all zeros; and, of what does not lie along a whole input or neuron, of
+        those that do not. What no data has reached may be as an initializer has left it.
     """
     is_float = "float" in keras.backend.standardize_dtype(variable.dtype)
     if len(variable.shape) < 2 or not is_float or "bias" in variable.name:
-        return False
+        return 0.0, 0.0
     if not backend.is_initialized(variable) or keras_internals.is_absent(variable):
-        return False
+        return 0.0, 0.0
     if not backend.is_whole(variable):
-        return False
+        return 0.0, 0.0
     weight = host(variable)
     nonzero = weight != 0
     if not looks_trained_sparse(weight, nonzero):
-        return False
+        return 0.0, 0.0
     matrix = nonzero.reshape(-1, nonzero.shape[-1])
     reached = matrix.any(axis=1)[:, None] & matrix.any(axis=0)
-    zeros = np.count_nonzero(reached & ~matrix)
-    return zeros > few * np.count_nonzero(reached)
+    scattered = np.count_nonzero(reached & ~matrix) / np.count_nonzero(reached)
+    return float(1 - nonzero.mean()), float(scattered)

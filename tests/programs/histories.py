@@ -27,9 +27,11 @@ def main():
     args = parser.parse_args()
     start, seed, actions, broken = time.perf_counter(), args.first_seed, 0, []
     while time.perf_counter() < start + 60 * args.minutes:
-        history = test_histories.random_actions(seed)
+        # Every other one with balanced tiles, which may be condensed.
+        kind = test_histories.InBothForms if seed % 2 else test_histories.History
+        history = test_histories.random_actions(seed, kind)
         try:
-            test_histories.run(history)
+            test_histories.run(history, kind)
         except Exception:
             broken.append({"seed": seed, "history": history, "error": traceback.format_exc(-3)})
             print(json.dumps(broken[-1], indent=1), flush=True)
