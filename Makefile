@@ -55,6 +55,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/structure_updates.py
 	$(BIN)/python benchmarks/block_inference.py
 	$(BIN)/python benchmarks/file_sizes.py
+	$(BIN)/python benchmarks/train_faster.py
 	$(BIN)/python benchmarks/condensed.py
 	$(BIN)/python benchmarks/compaction.py
 	$(BIN)/python benchmarks/soak.py

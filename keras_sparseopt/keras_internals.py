@@ -372,14 +372,25 @@ def is_training(layer):
     return bool(layer._get_call_context().get_value("training"))
 
 
-def exchange(variable, value):
+def all_optimizers():
+    """All optimizers that there are: nothing leads to them from variables, nor to outer ones."""
+    return [x for x in gc.get_objects() if issubclass(type(x), keras.optimizers.Optimizer)]
+
+
+def is_built_with(optimizer, variable):
+    """Whether a variable is one of those that an optimizer trains."""
+    return any(v is variable for v in getattr(optimizer, "_trainable_variables", ()))
+
+
+def exchange(variable, value, optimizers=()):
     """Give a variable a value of another shape; whoever holds the variable goes on with it.
 
     Args:
         variable: Keras variable.
         value: NumPy array.
+        optimizers: List of those that may have been built with it.
     """
-    holders = [(o, o._var_key(variable)) for o in optimizers_with(variable)]
+    holders = [(o, o._var_key(variable)) for o in optimizers if is_built_with(o, variable)]
     variable._shape, variable._ndim = tuple(value.shape), value.ndim
     variable._layout = None  # of another rank; JAX asks the distribution again
     variable._initialize(variable._convert_to_tensor(value, dtype=variable._dtype))
@@ -392,22 +403,6 @@ def exchange(variable, value):
             excluded.remove(before)
             excluded.add(now)
         optimizer._exclude_from_weight_decay_cache = {}
-
-
-def optimizers_with(variable):
-    """The optimizers that were built with a variable; nothing leads to them from it."""
-    found = [x for x in gc.get_objects() if issubclass(type(x), keras.optimizers.Optimizer)]
-    return [
-        optimizer
-        for optimizer in found
-        if any(v is variable for v in getattr(optimizer, "_trainable_variables", ()))
-    ]
-
-
-def optimizers_around(optimizer):
-    """The optimizers that an optimizer is inside of; nothing leads to them from it."""
-    found = [x for x in gc.get_objects() if issubclass(type(x), keras.optimizers.Optimizer)]
-    return [x for x in found if getattr(x, "inner_optimizer", None) is optimizer]
 
 
 def pair_with(optimizer, variables):

@@ -365,6 +365,69 @@ def test_shared_and_nested_layers_train_as_masked(jit):
     assert weights["shared"].calls == 2 and weights["attention/query"].calls == 1
 
 
+class TwoLosses(keras.Model):
+    """Two parts, two optimizers; the loss of one goes back through the other, which is called
+    twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.Sequential(
+            [keras.Input((8,)), layers.Dense(32, "relu"), layers.Dense(16)]
+        )
+        self.second = keras.Sequential(
+            [keras.Input((16,)), layers.Dense(32, "relu"), layers.Dense(1)]
+        )
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def two_losses():
+    keras.utils.set_random_seed(1)
+    model = TwoLosses()
+    model(np.ones((1, 8), "float32"))
+    last = [model.first.layers[-1], model.second.layers[-1]]
+    return kso.sparsify(model, 0.5, exclude=last, structure=BALANCED)
+
+
+def test_a_loss_that_goes_back_through_another_part_tells_it_nothing():
+    """What the backward pass of a layer sees belongs to the loss that is differentiated by it."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("On JAX what a step is not differentiated by cannot arrive")
+    import tensorflow as tf
+
+    x = np.random.default_rng(0).normal(size=(24, 8)).astype("float32")
+    models = []
+    for is_condensed in (False, True):
+        model = two_losses()
+        if is_condensed:
+            kso.condense(model)
+        parts = model.first, model.second
+        optimizers, methods = [sgd(), sgd()], [kso.RigL(2, 0.5, end_step=100) for _ in parts]
+        for optimizer, part, method in zip(optimizers, parts, methods):
+            optimizer.build(part.trainable_variables)
+            method.begin(optimizer, 100)
+
+        @tf.function
+        def step(x, parts=parts, optimizers=optimizers):
+            with tf.GradientTape(persistent=True) as tape:
+                of_made = parts[1](parts[0](x, training=True), training=True)
+                of_given = parts[1](tf.repeat(x, 2, axis=1), training=True)
+                wanted = tf.reduce_mean((of_made - 1) ** 2)
+                told = tf.reduce_mean(of_made**2 + (of_given - 1) ** 2)
+            for optimizer, part, loss in zip(optimizers, parts, (wanted, told)):
+                weights = part.trainable_variables
+                optimizer.apply(tape.gradient(loss, weights), weights)
+
+        for i in range(6):
+            step(tf.convert_to_tensor(x[4 * i : 4 * i + 4]))
+            for method in methods:
+                method.step()
+        models.append(model)
+    assert_same(*models, 1e-4)
+    assert all(v.topology.is_condensed for v in kso.sparse_weights(models[1]))
+
+
 def test_scores_need_no_dense_gradient_and_live_in_windows_only():
     """What a step keeps: nothing, but before an update one number per tile."""
     model = compiled(kso.condense(network()), sgd())

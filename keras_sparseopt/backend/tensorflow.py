@@ -182,22 +182,29 @@ class Tap:
 class Seen:
     """What the backward pass of a layer sees, and tells the optimizer in the same step.
 
-    The backward pass adds it to memory, of each replica its own.
+    It arrives as the "gradient" of a variable of zeros where a step is differentiated by that: by
+    `trainable_variables`, as steps of one's own are. Keras' own step takes the gradient of one loss
+    by `trainable_weights`; for it the backward pass adds to memory, of each replica its own.
 
     Args:
         like: Keras variable, the layer's weight.
         name: String.
     """
 
-    # No variable that a step must differentiate by.
-    variable: Any = None
-
     def __init__(self, like, name):
-        self._memory = Tap(like, 0, name)
+        self._memory, self._name = Tap(like, 0, name), name
+        self._like = like
+        self.variable: Any = None
+        self.arrived: Any = None
 
     def open(self, shape):
         if self._memory.variable is None or self._memory.shape != tuple(shape):
             self._memory.open(shape)
+        if self.variable is None:
+            # One number is enough: what arrives has the shape of what is told.
+            with colocated_scope(self._like.value):
+                self.variable = keras.Variable(0.0, trainable=True, autocast=False, name=self._name)
+            self.variable.is_seen = True
 
     def close(self):
         self._memory.shape = ()
@@ -212,21 +219,22 @@ class Seen:
         """`outputs` as they are; the backward pass tells `look(inputs, gradient of outputs)`."""
 
         @tf.custom_gradient
-        def same(outputs, inputs):
+        def same(outputs, inputs, zero):
             def backward(gradient):
                 found = tf.cast(look(inputs, gradient), self._memory.dtype)
                 self._memory.variable.assign_add(found)
-                return gradient, None
+                return gradient, None, found
 
             return tf.identity(outputs), backward
 
-        return same(outputs, inputs)
+        return same(outputs, inputs, tf.convert_to_tensor(self.variable.value))
 
     def take(self):
         """What has arrived in this step."""
-        arrived = tf.identity(self._memory.read())
-        self._memory.assign(tf.zeros_like(arrived))
-        return arrived
+        told = tf.identity(self._memory.read())
+        self._memory.assign(tf.zeros_like(told))
+        arrived, self.arrived = self.arrived, None
+        return told if arrived is None else tf.ensure_shape(arrived, self.shape)
 
 
 def num_replicas(optimizer):

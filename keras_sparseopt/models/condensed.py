@@ -140,7 +140,7 @@ class CondensedLayer(keras.layers.Layer):
     def multiplied(self, inputs):
         """The product of inputs and kernel, as the plain layer has it."""
         letters = Letters(equation_of(self)[0], len(inputs.shape))
-        sizes = {**dict(zip(letters.given, ops.shape(inputs)))}
+        sizes = dict(zip(letters.given, ops.shape(inputs)))
         sizes |= letters.kernel_sizes(self.kernel_shape)
         order = letters.summed + letters.rows
         columns = ops.transpose(inputs, [letters.given.index(letter) for letter in order])
@@ -194,7 +194,7 @@ class CondensedLayer(keras.layers.Layer):
 
     def _as_plain(self, name, *args, **kwargs):
         if not hasattr(self, "is_sparse_by_construction"):  # these refuse it
-            uncondense_layer(self)
+            uncondense_layers([self])
             return getattr(self, name)(*args, **kwargs)
         return getattr(super(), name)(*args, **kwargs)
 
@@ -334,6 +334,8 @@ def tiled_form(layer):
 class ByNeuron(CondensedLayer):
     """One whose kernel is, for each neuron, its weights that are not 0 and the inputs they read."""
 
+    stores_by_neuron = True
+
     @property
     def kernel(self):
         """The plain kernel with its zeros: a tensor, made anew each time."""
@@ -351,7 +353,7 @@ class ByNeuron(CondensedLayer):
     def take_kernel(self, kernel, mask=None):
         self._check_shape(kernel)
         indices, values = by_neuron(Letters(equation_of(self)[0]).matrix(kernel))
-        more = len(self._kernel.shape) and self._kernel.shape[0] - len(values)
+        more = self._kernel.shape[0] - len(values)
         if more < 0:
             raise ValueError(
                 f"The kernel of '{self.name}' must have at most {self._kernel.shape[0]} weights "
@@ -450,7 +452,7 @@ def check_leases(variable):
         if optimizer.kept_gradients:
             raise ValueError(
                 "Weights change their form between trainings, not while a callback holds dense "
-                f"gradients. Received: '{variable.topology.name}' in training"
+                f"gradients. Received: '{variable.path}' in training"
             )
 
 
@@ -466,16 +468,27 @@ def add_indices(layer, indices, dtype, name="indices"):
     return found
 
 
-def exchange(variable, values):
+def exchange(variable, values, optimizers=()):
+    """Give a Keras variable a value of another shape, where it lives."""
     with backend.colocated_scope(variable.value):
-        keras_internals.exchange(variable, values)
+        keras_internals.exchange(variable, values, optimizers)
 
 
-def uncondense_layer(layer):
+def uncondense_layers(layers):
+    """Let layers store their plain kernels again, with masks if they are `Tiled`."""
+    if not layers:
+        return
+    optimizers = keras_internals.all_optimizers()
+    for layer in layers:
+        _uncondense(layer, optimizers)
+    forget_steps([layer._kernel for layer in layers])
+
+
+def _uncondense(layer, optimizers):
     variable = layer._kernel
     if isinstance(layer, ByNeuron):
         indices = layer.indices
-        exchange(variable, layer.plain_kernel())
+        exchange(variable, layer.plain_kernel(), optimizers)
         del layer.indices, layer.kernel_shape
     else:
         topology = variable.topology
@@ -485,16 +498,19 @@ def uncondense_layer(layer):
             mask = mask_variable(variable, mask)
         else:
             mask = add_indices(layer, mask, "bool", "kernel_mask")
-        change_form(variable, lambda array: host(form.plain(host(array), pattern)), None, mask)
+
+        def plain(array):
+            return host(form.plain(host(array), pattern))
+
+        change_form(variable, plain, None, mask, optimizers)
     keras_internals.forget_weight(layer, indices)
     become(layer, None)
     if hasattr(layer, "is_sparse_by_construction"):
         layer.kernel_mask = variable.topology.pattern
         keras_internals.tell(layer.kernel_mask)
-    forget_steps([variable])
 
 
-def change_form(variable, change, tiles, pattern):
+def change_form(variable, change, tiles, pattern, optimizers):
     """Store a weight, and all that belongs to it, in another form.
 
     Args:
@@ -502,14 +518,15 @@ def change_form(variable, change, tiles, pattern):
         change: Function of an array as it is stored now: the same as it is stored then.
         tiles: Int or `None`, as in `Topology`.
         pattern: Keras variable, its new pattern.
+        optimizers: List of those that may have been built with it, plain ones too.
     """
     topology = variable.topology
-    optimizers = topology.optimizers
-    before = [(optimizer, optimizer.let_go(variable)) for optimizer in optimizers]
+    before = [(optimizer, optimizer.let_go(variable)) for optimizer in topology.optimizers]
     values = change(host(variable))
     slots = [(slot, change(host(slot))) for _, state in before for slot in state.slots]
-    for stored, value in [*slots, (variable, values)]:
-        exchange(stored, value)
+    for slot, value in slots:
+        exchange(slot, value)
+    exchange(variable, values, optimizers)
     topology.tiles, topology.pattern = tiles, pattern
     pattern.topology = topology
     for optimizer, state in before:

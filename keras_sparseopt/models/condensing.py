@@ -20,7 +20,7 @@ from keras_sparseopt.models.condensed import (
     exchange,
     for_inference_alone,
     tiled_form,
-    uncondense_layer,
+    uncondense_layers,
     why_plain,
 )
 from keras_sparseopt.models.conversion import check_built, strip
@@ -136,14 +136,15 @@ def condense(model: keras.Model, trainable: bool = True) -> keras.Model:
             "structure=Block(1, 64, balanced=True)), or masks_from_zeros with that structure, "
             f"before{way}. Received: '{model.name}' with {told or 'no sparse weight'}"
         )
+    optimizers = keras_internals.all_optimizers()
     if trainable:
-        _check_optimizers(tiled)
+        _check_optimizers(tiled, optimizers)
     elif hasattr(model, "compiled"):
         keras_internals.uncompile(model)
     for kernel in tiled:
-        _condense_tiles(kernel)
+        _condense_tiles(kernel, optimizers)
     for kernel in others:
-        _condense_by_neuron(kernel)
+        _condense_by_neuron(kernel, optimizers)
     if not trainable:
         for layer in keras_internals.all_layers(model):
             if isinstance(layer, CondensedLayer):
@@ -185,8 +186,7 @@ def uncondense(model: keras.Model) -> keras.Model:
     layers = [x for x in keras_internals.all_layers(model) if isinstance(x, CondensedLayer)]
     for layer in layers:
         check_leases(layer._kernel)
-    for layer in layers:
-        uncondense_layer(layer)
+    uncondense_layers(layers)
     keras_internals.allow_training(model)
     return model
 
@@ -203,14 +203,15 @@ def _pays_by_neuron(kernel):
     return zeros >= _MANY_ZEROS
 
 
-def _check_optimizers(kernels):
+def _check_optimizers(kernels, optimizers):
     for variable in (kernel.variable for kernel in kernels):
         check_leases(variable)
         ours = trainers_of(variable)
         for optimizer in ours:
             optimizer.check_condensed(variable.topology)
-        for optimizer in keras_internals.optimizers_with(variable):
-            if not any(_are_nested(optimizer, one) for one in ours):
+        for optimizer in optimizers:
+            is_concerned = keras_internals.is_built_with(optimizer, variable)
+            if is_concerned and not any(_are_nested(optimizer, one) for one in ours):
                 raise ValueError(
                     "An optimizer that is not in a SparseOpt was built for the weights, and what "
                     "it keeps of them would be lost: condense before it is built, or compile "
@@ -229,7 +230,7 @@ def _are_nested(optimizer, ours):
     return False
 
 
-def _condense_tiles(kernel):
+def _condense_tiles(kernel, optimizers):
     layer: Any = kernel.layer
     variable = kernel.variable
     topology = variable.topology
@@ -242,11 +243,15 @@ def _condense_tiles(kernel):
         del layer.kernel_mask
     become(layer, tiled_form(layer))
     indices = add_indices(layer, pattern, "int32")
-    change_form(variable, lambda array: form.stored(array, pattern), tiles, indices)
+
+    def stored(array):
+        return form.stored(array, pattern)
+
+    change_form(variable, stored, tiles, indices, optimizers)
     keras_internals.tell(indices)
 
 
-def _condense_by_neuron(kernel):
+def _condense_by_neuron(kernel, optimizers):
     layer: Any = kernel.layer
     variable = kernel.variable
     strip(layer)
@@ -256,4 +261,4 @@ def _condense_by_neuron(kernel):
     become(layer, ByNeuron)
     layer.kernel_shape = shape
     layer.indices = add_indices(layer, indices, "uint16" if inputs <= 2**16 else "int32")
-    exchange(variable, values)
+    exchange(variable, values, optimizers)

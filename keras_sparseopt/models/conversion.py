@@ -12,7 +12,7 @@ from keras_sparseopt import distributions, keras_internals, masks
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_sparsity
 from keras_sparseopt.models import layers as sparse
-from keras_sparseopt.models.condensed import CondensedLayer, uncondense_layer
+from keras_sparseopt.models.condensed import CondensedLayer, uncondense_layers
 from keras_sparseopt.models.graph import Following
 from keras_sparseopt.models.initializers import SparseHeNormal
 from keras_sparseopt.models.kernels import CONVOLUTIONS, kernels_of
@@ -397,8 +397,8 @@ def strip(model: keras.Model) -> keras.Model:
             "letting go of the masks would hide that. Zero them with set_mask(variable, "
             f"variable.topology.mask), or keep them. Received: {', '.join(moved)}"
         )
-    for layer in [x for x in keras_internals.all_layers(model) if isinstance(x, CondensedLayer)]:
-        uncondense_layer(layer)
+    layers = keras_internals.all_layers(model)
+    uncondense_layers([layer for layer in layers if isinstance(layer, CondensedLayer)])
     changed = sparse_weights(model)
     for layer in owners:
         _make_plain(layer)

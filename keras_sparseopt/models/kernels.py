@@ -105,6 +105,8 @@ def _by_name(layer, variable):
     is_float = "float" in keras.backend.standardize_dtype(variable.dtype)
     if rank < 2 or not is_float or isinstance(layer, _NEVER) or "bias" in name:
         return None
+    if hasattr(layer, "stores_by_neuron"):  # condensed for inference
+        return None
     last, before = rank - 1, rank - 2
     if isinstance(layer, layers.EinsumDense) and name == "kernel":
         neurons = einsum_neuron_axes(layer.equation)

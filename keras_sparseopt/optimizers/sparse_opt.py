@@ -292,7 +292,8 @@ class SparseOpt(WrapperOptimizer):
         if index is None or index in self._state.weights:
             return
         topology, name = variable.topology, variable.path.replace("/", "_")
-        self.check_condensed(topology)
+        if topology.is_condensed:
+            self.check_condensed(topology)
         form, held_copy = topology.form, None
         if topology.is_attached and not topology.is_condensed:
             keras_internals.track(self, topology.pattern)
@@ -331,9 +332,9 @@ class SparseOpt(WrapperOptimizer):
             self.set_budget(topology)
 
     def check_condensed(self, topology):
-        """Raise ValueError for an inner optimizer that looks at the shape of a kernel."""
+        """Raise ValueError where a weight cannot be condensed under the inner optimizer."""
         base = self.base_optimizer()
-        if topology.is_condensed and isinstance(base, optimizers.Muon):
+        if isinstance(base, optimizers.Muon):
             raise ValueError(
                 f"{type(base).__name__} looks at a kernel as a matrix, which a condensed weight "
                 "is not: train it masked, keras_sparseopt.uncondense(model), or with another "
@@ -471,7 +472,8 @@ class SparseOpt(WrapperOptimizer):
         if backend.STEPS_SHARE_VARIABLES or not is_condensed:
             return
         if self._state.around is None:
-            self._state.around = keras_internals.optimizers_around(self)
+            every = keras_internals.all_optimizers()
+            self._state.around = [o for o in every if getattr(o, "inner_optimizer", None) is self]
         for optimizer in self._state.around:
             keras_internals.pair_with(optimizer, self._with_seen())
 
