@@ -165,13 +165,8 @@ def own_variables(optimizer):
 
 def track(optimizer, variable):
     """Make a variable one of an optimizer's own."""
-    optimizer._track_variable(variable)
-
-
-def untrack(optimizer, variable):
-    """Let go of one of an optimizer's own variables, if it is one."""
-    if any(own is variable for own in optimizer._variables):
-        optimizer._untrack_variable(variable)
+    if not any(own is variable for own in optimizer._variables):
+        optimizer._track_variable(variable)
 
 
 def store_as(optimizer, written, read):

@@ -290,7 +290,7 @@ def network(structures, dense=False, more=False, seed=0):
         rules[f"s{i}_*"] = structure
         sparsities[f"s{i}_*"] = 0.0 if dense else own_sparsity(structure)
     if more:
-        x = layers.Reshape((2, 6))(x)
+        x = layers.Reshape((2, 3))(x)
         x = layers.MultiHeadAttention(2, 4, name="s1_attention")(x, x)
         x = layers.LSTM(5, name="s3_lstm")(x)
     model = keras.Model(inputs, layers.Dense(3, name="head")(x))

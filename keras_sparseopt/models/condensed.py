@@ -494,7 +494,10 @@ def _uncondense(layer, optimizers):
         topology = variable.topology
         form, pattern, indices = topology.form, host(topology.pattern), topology.pattern
         mask = form.mask(pattern)
-        if topology.is_attached:
+        if topology.spare_mask is not None:
+            exchange(topology.spare_mask, mask)
+            mask, topology.spare_mask = topology.spare_mask, None
+        elif topology.is_attached:
             mask = mask_variable(variable, mask)
         else:
             mask = add_indices(layer, mask, "bool", "kernel_mask")

@@ -243,11 +243,15 @@ def _condense_tiles(kernel, optimizers):
         del layer.kernel_mask
     become(layer, tiled_form(layer))
     indices = add_indices(layer, pattern, "int32")
+    if topology.is_attached:
+        topology.spare_mask = topology.pattern
 
     def stored(array):
         return form.stored(array, pattern)
 
     change_form(variable, stored, tiles, indices, optimizers)
+    if topology.spare_mask is not None:
+        exchange(topology.spare_mask, np.zeros((0,), bool))
     keras_internals.tell(indices)
 
 

@@ -67,6 +67,8 @@ class Topology:
         self.pattern = mask
         # The active tiles of each group of a condensed weight; `None` for a masked one.
         self.tiles: int | None = None
+        # The attached mask of a condensed weight, empty for so long: optimizers hold the variable.
+        self.spare_mask: Any = None
         # To whom the layer of a condensed weight tells of dense gradients: list of `Seen`.
         self.seen: list = []
         # How often the layer was called in training since a step was last made.

@@ -33,6 +33,7 @@ class Weight:
         explored: int32 variable, one bit per weight that was ever active.
         budget: int32 variable, the active units that the mask was given: what SRigL may use up.
         scale: Float variable, the correction of every neuron; `None` where there is none.
+        spare_scale: The variable of `scale`, kept where another form does without it.
         held_copy: The optimizer's own copy of what its step must hold at 0, where it could not
             read that: on JAX the mask of a layer sparse by construction, and where the tiles of a
             condensed weight reach beyond its inputs; else `None`.
@@ -54,6 +55,7 @@ class Weight:
         self.budget = budget
         self.scale = scale
         self.held_copy = held_copy
+        self.spare_scale = scale
         self.seen: Any = None
         self.calls = 0
         self.taps: dict = {}

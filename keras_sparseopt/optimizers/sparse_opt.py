@@ -280,13 +280,13 @@ class SparseOpt(WrapperOptimizer):
         """Whether a variable is one of its sparse weights."""
         return self._find(variable) is not None
 
-    def adopt(self, variable, number=None):
+    def adopt(self, variable, before=None):
         """Take a mask over that hangs on a variable which the optimizer was built with.
 
         Args:
             variable: Keras variable.
-            number: Int, its number among the optimizer's sparse weights; `None` (default) for the
-                next one.
+            before: `Weight` that it was in another form, whose number and variables go on; `None`
+                (default) for a new one.
         """
         index = keras_internals.variable_index(self, variable)
         if index is None or index in self._state.weights:
@@ -306,30 +306,42 @@ class SparseOpt(WrapperOptimizer):
                     layout=keras_internals.layout(variable), name=f"{name}_held",
                 )  # fmt: skip
                 self._state.copies.append(held_copy)
-        explored = self.add_variable(
-            shape=(-(-form.num_bits // 32),),
-            dtype="int32",  # several TensorFlow workers cannot share a uint8
-            name=f"{name}_explored",
-        )
-        budget = self.add_variable((), dtype="int32", name=f"{name}_budget")
-        scale = None
+        # int32: several TensorFlow workers cannot share a uint8.
+        explored = self._own(before and before.explored, (-(-form.num_bits // 32),), "int32",
+                             f"{name}_explored")  # fmt: skip
+        budget = self._own(before and before.budget, (), "int32", f"{name}_budget")
+        scale = spare_scale = before and before.spare_scale
         if self._corrects(topology):
             neurons = topology.neuron_axes
             ones = np.ones([n if a in neurons else 1 for a, n in enumerate(topology.shape)])
             shape = form.of_neurons(ones).shape
-            scale = self.add_variable(shape, "ones", dtype="float32", name=f"{name}_correction")
+            scale = spare_scale = self._own(spare_scale, shape, "float32", f"{name}_correction")
+            scale.assign(np.ones(shape))
+        else:
+            scale = None
         slots = keras_internals.slots_of(self._state.slots, self.base_optimizer(), variable)
         slots = [slot for slot in slots if tuple(slot.shape) == tuple(variable.shape)]
-        if number is None:
-            number = 1 + max((weight.index for weight in self.weights), default=-1)
+        number = 1 + max((weight.index for weight in self.weights), default=-1)
+        if before is not None:
+            number = before.index
         if topology.is_condensed:
             self._store_plain()
         weight = Weight(variable, number, slots, explored, budget, scale, held_copy)
+        weight.spare_scale = spare_scale
         self._state.weights[index] = weight
         self._state.gradients.adopt(weight, self)
         if not topology.is_open and backend.is_initialized(topology.pattern):
             self.follow(topology)
             self.set_budget(topology)
+
+    def _own(self, before, shape, dtype, name):
+        """A variable of the optimizer's: a new one, or one from before with this shape."""
+        if before is None:
+            return self.add_variable(tuple(shape), "zeros", dtype=dtype, name=name)
+        if tuple(before.shape) != tuple(shape):
+            with backend.colocated_scope(before.value):
+                keras_internals.exchange(before, np.zeros(shape, dtype))
+        return before
 
     def check_condensed(self, topology):
         """Raise ValueError where a weight cannot be condensed under the inner optimizer."""
@@ -356,13 +368,15 @@ class SparseOpt(WrapperOptimizer):
         return is_known
 
     def forget(self, variable):
-        """Let go of a weight whose mask goes."""
+        """Let go of a weight whose mask goes; the `Weight`, or `None`.
+
+        Its variables stay among the optimizer's: TensorFlow cannot export a list that has shrunk.
+        """
         weight = self._state.weights.pop(keras_internals.variable_index(self, variable), None)
         if weight is not None:
-            for own in (weight.explored, weight.budget, weight.scale, weight.topology.pattern):
-                keras_internals.untrack(self, own)
             copies = self._state.copies
             copies[:] = [copy for copy in copies if copy is not weight.held_copy]
+        return weight
 
     def _store_plain(self):
         """Let files hold the slots of condensed weights as those of the plain kernels."""
@@ -393,21 +407,19 @@ class SparseOpt(WrapperOptimizer):
         """
         weight, base = self.weight_of(variable), self.base_optimizer()
         key = keras_internals.variable_key(base, variable)
-        state = types.SimpleNamespace(
-            index=weight.index,
+        return types.SimpleNamespace(
             slots=weight.slots,
             recorded=self._state.slots.pop(key, []),
             explored=weight.topology.form.bits_of_weights(host(weight.explored)),
             budget=int(host(weight.budget)),
+            weight=self.forget(variable),
         )
-        self.forget(variable)
-        return state
 
     def take_back(self, variable, state):
         """Go on with a weight that `let_go` has given away; its slots are stored as it is."""
         key = keras_internals.variable_key(self.base_optimizer(), variable)
         self._state.slots[key] = state.recorded
-        self.adopt(variable, state.index)
+        self.adopt(variable, state.weight)
         weight = self.weight_of(variable)
         weight.explored.assign(weight.topology.form.bits_from_weights(state.explored))
         weight.budget.assign(state.budget)

@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
 import keras_sparseopt as kso  # noqa: E402
+from keras_sparseopt.models.topology import Topology  # noqa: E402
 
 BATCH = 24
 
@@ -70,16 +71,16 @@ def die_in_the_middle_of(what, count):
     """The `count`-th mask update after one of its kernels, or backup after half of its bytes."""
     remaining = [count]
     if what == "update":
-        rewire = kso.SparseOpt.rewire
+        change = Topology.change
 
-        def killing(self, variable, *args):
-            rewire(self, variable, *args)
-            if variable is self.sparse_weights[0]:
+        def killing(self, *args):
+            change(self, *args)
+            if self.variable is self.optimizers[0].sparse_weights[0]:
                 remaining[0] -= 1
                 if remaining[0] == 0:
                     die()
 
-        kso.SparseOpt.rewire = killing
+        Topology.change = killing
     else:
         savez = np.savez
 
