@@ -202,9 +202,9 @@ class Condensed:
         return self.groups, self.windows * self.tiles * self.tile_inputs, self.width
 
     @property
-    def is_padded(self):
-        """Whether some tiles reach beyond the inputs."""
-        return self.inputs % self.tile_inputs > 0
+    def padding(self):
+        """How far the last tile reaches beyond the inputs: int."""
+        return -self.inputs % self.tile_inputs
 
     # ------------------------------------------------------------------ tiles
 
@@ -362,10 +362,9 @@ class Condensed:
 
     def stored(self, plain, pattern):
         plain = _beside(plain, pattern)
-        xp, more = masks.xp_of(plain), -self.inputs % self.tile_inputs
-        matrix = self._units.matrix_of(plain)
-        if more:
-            matrix = xp.pad(matrix, [[0, 0], [0, more], [0, 0]])
+        xp, matrix = masks.xp_of(plain), self._units.matrix_of(plain)
+        if self.padding:
+            matrix = xp.pad(matrix, [[0, 0], [0, self.padding], [0, 0]])
         shape = self.windows, self.num_tiles, self.tile_inputs, self.groups, self.width
         tiles = xp.transpose(xp.reshape(matrix, shape), (3, 1, 0, 2, 4))
         tiles = xp.reshape(tiles, (self.groups * self.num_tiles, -1))
@@ -373,7 +372,7 @@ class Condensed:
         return self._values_of(xp.take(tiles, xp.reshape(pattern + first, (-1,)), axis=0))
 
     def held(self, pattern):
-        if not self.is_padded:
+        if not self.padding:
             return None
         xp = masks.xp_of(pattern)
         position: Any = np.arange(self.tile_inputs, dtype="int32")

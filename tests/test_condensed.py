@@ -597,6 +597,17 @@ def test_files_are_those_of_the_plain_model(how, tmp_path):
         assert_same(masked, there)
 
 
+def test_weights_come_into_a_model_that_was_loaded_and_condensed(tmp_path):
+    model = compiled(network(PADDED), sgd())
+    fit(model, kso.RigL(2, 0.5, end_step=100), last=1)
+    model.save(tmp_path / "m.keras")
+    loaded = kso.condense(keras.models.load_model(tmp_path / "m.keras"))
+    fit(model, kso.RigL(2, 0.5, end_step=100), first=1, last=2)
+    model.save_weights(tmp_path / "m.weights.h5")
+    loaded.load_weights(tmp_path / "m.weights.h5")
+    assert_same(model, loaded, 0)
+
+
 def keep_arrays(found, name, item):
     if hasattr(item, "dtype"):
         found[name] = item[()]

@@ -217,7 +217,7 @@ class Tiled(CondensedLayer):
 
     @property
     def variables(self):
-        """With what dense gradients arrive by in a step on JAX, while somebody asks for them."""
+        """With what dense gradients arrive by in a step, while somebody asks for them."""
         found = []
         for variable in super().variables:
             found.append(variable)
@@ -235,8 +235,8 @@ class Tiled(CondensedLayer):
 
     def product(self, columns):
         form = self._kernel.topology.form
-        if form.is_padded:
-            columns = ops.pad(columns, [[0, -form.inputs % form.tile_inputs], [0, 0]])
+        if form.padding:
+            columns = ops.pad(columns, [[0, form.padding], [0, 0]])
         values, pattern = self._stored()
         return self._told(multiply(columns, values, pattern), columns, [()])
 
@@ -265,9 +265,8 @@ class TiledConvolution(Tiled):
         sizes = ops.shape(planes)[1:-1]
         places = list(zip(sizes, self.kernel_size, self.strides, self.dilation_rate))
         padding = [_padding(*place, self.padding) for place in places]
-        more = -form.inputs % form.tile_inputs
-        if more or any(map(any, padding)):
-            planes = ops.pad(planes, [[0, more], *padding, [0, 0]])
+        if form.padding or any(map(any, padding)):
+            planes = ops.pad(planes, [[0, form.padding], *padding, [0, 0]])
         lengths = [
             (size + sum(added) - (window - 1) * dilation - 1) // stride + 1
             for (size, window, stride, dilation), added in zip(places, padding)

@@ -358,7 +358,7 @@ class SparseOpt(WrapperOptimizer):
         if not (self.skew_correction and topology.skew_correction):
             return False
         # Balanced tiles: all neurons have as many weights, unless a tile reaches beyond the inputs.
-        is_even = topology.is_condensed and not topology.form.is_padded
+        is_even = topology.is_condensed and not topology.form.padding
         return not (is_even and type(self).correction is SparseOpt.correction)
 
     def begins_again(self, what):
@@ -756,7 +756,7 @@ class SparseOpt(WrapperOptimizer):
 
     @property
     def seen_variables(self):
-        """What dense gradients of condensed weights arrive by in a step on JAX, just now."""
+        """What dense gradients of condensed weights arrive by in a step, just now."""
         return [v for v in self._with_seen() if _is_seen(v)]
 
     @property
@@ -825,7 +825,7 @@ class SparseOpt(WrapperOptimizer):
         if topology.is_attached and f"{at}_mask" in store.keys():
             mask = topology.check_mask(np.asarray(store[f"{at}_mask"]).astype(bool))
             can_look = topology.weights_came and backend.is_whole(weight.variable)
-            if can_look and (host(weight.variable)[~mask] != 0).any():
+            if can_look and (topology.plain(weight.variable)[~mask] != 0).any():
                 return False
             topology.replace_mask(mask)
         explored = topology.form.bits_from_weights(np.asarray(store[f"{at}_explored"]))
