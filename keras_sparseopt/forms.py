@@ -77,14 +77,6 @@ class Masked:
         self._units = units
         self.num_bits = math.prod(units.shape)
 
-    def values_shape(self):
-        """The shape of the values: tuple of ints."""
-        return self._units.shape
-
-    def active(self, pattern):
-        """Which units are active: bool array of units."""
-        return self._units.active(pattern)
-
     def mask(self, pattern):
         """The mask of the kernel's shape."""
         return pattern
@@ -131,10 +123,6 @@ class Masked:
     def plain(self, values, pattern):
         """The kernel, or what is stored as it, with its zeros."""
         return values
-
-    def stored(self, plain, pattern):
-        """The values of an array of the kernel's shape."""
-        return masks.masked(plain, pattern)
 
     def held(self, pattern):
         """Where values may differ from 0: bool array that broadcasts; `None` for everywhere."""
@@ -199,6 +187,7 @@ class Condensed:
         self._last: Any = None
 
     def values_shape(self):
+        """The shape of the values: tuple of ints."""
         return self.groups, self.windows * self.tiles * self.tile_inputs, self.width
 
     @property
@@ -264,6 +253,7 @@ class Condensed:
     # ------------------------------------------------------------------ patterns
 
     def active(self, pattern):
+        """Which units are active: bool array of units."""
         return self._units_of(self._grid(pattern))
 
     def _units_of(self, array):
@@ -361,6 +351,7 @@ class Condensed:
         return self._units.kernel_of(matrix[:, : self.inputs])
 
     def stored(self, plain, pattern):
+        """The values of an array of the kernel's shape."""
         plain = _beside(plain, pattern)
         xp, matrix = masks.xp_of(plain), self._units.matrix_of(plain)
         if self.padding:

@@ -598,9 +598,7 @@ class SparseOpt(WrapperOptimizer):
             )
         return weight
 
-    def rewire(
-        self, variable: Variable, new_mask: Array, keeps_budget: bool = False, grown: Array = None
-    ):
+    def rewire(self, variable: Variable, new_mask: Array, grown: Array = None):
         """Change one weight's topology: mask, weight and slots together.
 
         Connections in both masks keep weight and slots. New ones start with slots 0 and the
@@ -609,8 +607,6 @@ class SparseOpt(WrapperOptimizer):
         Args:
             variable: Keras variable, one of `sparse_weights`.
             new_mask: Bool array of its shape.
-            keeps_budget: Bool, defaults to `False`. `True` remembers the number of active weights
-                that the mask had been given before (`SRigL` leaves some of them unused).
             grown: Array of its shape, or `None` (default) for 0.
 
         Raises:
@@ -619,8 +615,7 @@ class SparseOpt(WrapperOptimizer):
         """
         topology = self.weight_of(variable).topology
         topology.change(topology.form.of_mask(topology.check_mask(new_mask)), grown)
-        if not keeps_budget:
-            topology.set_budget()
+        topology.set_budget()
 
     def follow(self, topology, old=None, explores=True):
         """A mask has changed: slots, correction and what was explored follow.

@@ -14,6 +14,8 @@ if not IS_JAX:
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
+import tiny  # noqa: E402
+
 import keras_sparseopt as kso  # noqa: E402
 
 
@@ -59,19 +61,6 @@ def assert_same(one, many):
         np.testing.assert_allclose(*kernels, rtol=1e-4, atol=1e-5)
 
 
-def model_parallel():
-    import jax
-
-    mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], jax.devices())
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts[".*hidden/kernel"] = (None, "model")
-    keras.distribution.set_distribution(
-        keras.distribution.ModelParallel(
-            layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False
-        )
-    )
-
-
 def main():
     single = kso.resolve_strategy("one")
     methods = kso.RigL, kso.SET
@@ -84,7 +73,7 @@ def main():
             assert_same(reference, other)
             assert all(v.topology.is_condensed for v in kso.sparse_weights(other[0]))
     if IS_JAX:  # what is sharded stays masked, the rest is condensed
-        model_parallel()
+        tiny.model_parallel((2, 2), {".*hidden/kernel": (None, "model")})
         parallel = train(single.__class__("one", None, 1, 0, 1), kso.RigL)
         forms = [v.topology.is_condensed for v in kso.sparse_weights(parallel[0])]
         assert forms == [True, False], forms

@@ -5,7 +5,6 @@ import os
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 
 import jax  # noqa: E402
-import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
@@ -22,17 +21,6 @@ def train(method, inner, model_args):
     )  # fmt: skip
     kso.assert_replicas_agree(model)
     return model, history.history
-
-
-def model_parallel():
-    mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], jax.devices())
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts[".*hidden/kernel"] = (None, "model")
-    layouts[".*conv/kernel"] = (None, None, None, "model")
-    distribution = keras.distribution.ModelParallel(
-        layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False
-    )
-    keras.distribution.set_distribution(distribution)
 
 
 def check_that_the_mask_is_sharded_like_its_kernel(model):
@@ -73,7 +61,8 @@ def main():
     devices = kso.resolve_strategy("data_parallel")
     assert devices.num_replicas == 4 and devices.num_workers == 1
     check_that_disagreement_is_found(check())
-    model_parallel()
+    hidden, conv = (None, "model"), (None, None, None, "model")
+    tiny.model_parallel((2, 2), {".*hidden/kernel": hidden, ".*conv/kernel": conv})
     check_that_the_mask_is_sharded_like_its_kernel(check())
     print("all equal")
 

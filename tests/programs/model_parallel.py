@@ -15,6 +15,7 @@ if SEVERAL:
     keras.distribution.initialize()
 
 import jax  # noqa: E402
+import tiny  # noqa: E402
 
 import keras_sparseopt as kso  # noqa: E402
 
@@ -22,14 +23,7 @@ import keras_sparseopt as kso  # noqa: E402
 def main():
     if SEVERAL:
         assert jax.process_count() == 2 == len(jax.devices())
-        mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], jax.devices())
-        layouts = keras.distribution.LayoutMap(mesh)
-        layouts[".*(hidden|second)/kernel"] = (None, "model")
-        keras.distribution.set_distribution(
-            keras.distribution.ModelParallel(
-                layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False
-            )
-        )
+        tiny.model_parallel((1, 2), {".*(hidden|second)/kernel": (None, "model")})
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [

@@ -45,6 +45,24 @@ def model(inner="sgd", dropout=0.0, renormalize=False, synchronized=True):
     return network
 
 
+def model_parallel(shape, layouts):
+    """Shard weights from now on (JAX).
+
+    Args:
+        shape: Devices along "batch" and "model".
+        layouts: Dict from patterns of paths to axes.
+    """
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh(shape, ["batch", "model"], devices)
+    layout_map = keras.distribution.LayoutMap(mesh)
+    for pattern, axes in layouts.items():
+        layout_map[pattern] = axes
+    distribution = keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False
+    )
+    keras.distribution.set_distribution(distribution)
+
+
 def method(name, **kwargs):
     kinds = {"rigl": kso.RigL, "set": kso.SET}
     return kinds[name](update_every=2, drop_fraction=0.5, **kwargs)
