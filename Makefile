@@ -1,4 +1,4 @@
-# make demo: trains on scikit-learn's digits and draws a picture (about five minutes)
+# make demo: trains on digits and on text, beside dense training too, and draws pictures (about eight minutes)
 # make test: lint, types and the tests on the TensorFlow and the JAX backend (ten minutes)
 # make test-all: what `make test` leaves out: all combinations, all models, drivers and examples
 # make docs: builds the documentation into docs/_build, and runs every example in it
@@ -19,6 +19,7 @@ PORT ?= 8000
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/train_faster.py
 
 docs: $(VENV)/.docs
 	KERAS_BACKEND=tensorflow $(BIN)/python -m sphinx --fail-on-warning --keep-going --jobs 2 docs docs/_build/html

@@ -1,7 +1,10 @@
 """What the benchmarks share: a table, a JSON file, and the facts about the machine."""
 
+import ctypes
+import gc
 import json
 import pathlib
+import re
 import sys
 
 import keras
@@ -10,6 +13,8 @@ import keras
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 from record import facts  # noqa: E402
 
+# For a process whose peak is measured: one malloc arena, freed memory goes back at once.
+LITTLE_SLACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
@@ -33,6 +38,19 @@ def report(name, rows, aims, notes=(), both_backends=False):
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"→ {path.relative_to(RESULTS.parent)}")
+
+
+def resident(what):
+    """Bytes of `VmRSS` (now) or `VmHWM` (the peak) of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", status)[1])
+
+
+def reset_peak():
+    """From here on `resident("VmHWM")` counts anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def _text(value):

@@ -9,12 +9,8 @@ step's temporaries do not blur, stand beside it.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import pathlib
-import re
 import subprocess
 import sys
 
@@ -22,15 +18,10 @@ LAYERS = 12
 WAYS = ("dense", "SparseOpt", "SparseOpt + SET", "SparseOpt + RigL")
 
 
-def resident(what):
-    """Bytes of `VmRSS` (now) or `VmHWM` (the peak) of this process."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", status)[1])
-
-
 def train(way, units, steps):
     import keras
     import numpy as np
+    from common import reset_peak, resident
 
     import keras_sparseopt as kso
 
@@ -60,9 +51,7 @@ def train(way, units, steps):
             held.append(sum(keras.ops.convert_to_numpy(v).nbytes for v in variables.values()))
 
     # From here on: building and converting the model is not training.
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     before = resident("VmRSS")
     model.fit(x, y, batch_size=32, verbose=0, callbacks=[*callbacks, Held()])
     rise = resident("VmHWM") - before
@@ -77,18 +66,17 @@ def main():
     args = parser.parse_args()
     if args.way:
         return train(args.way, args.units, args.steps)
+    from common import LITTLE_SLACK, report
+
     measured = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, "--units", str(args.units),
                    "--steps", str(args.steps)]  # fmt: skip
-        # One malloc arena and prompt return of freed memory: less slack in the peak.
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment = os.environ | LITTLE_SLACK
         output = subprocess.run(
             command, check=True, capture_output=True, text=True, env=environment
         ).stdout
         measured[way] = json.loads(output.splitlines()[-1])
-    from common import report
-
     weights = LAYERS * args.units**2
     dense = measured["dense"]
     rows = [

@@ -11,6 +11,7 @@ with and without XLA), and so is condensed. Dense and condensed take turns; rati
 | step | a step of `fit`: Adam when dense; SparseOpt(Adam), one update of RigL in each `fit` |
 | update | one mask update of a condensed 4096² layer, over a copy of the dense weight |
 | forward | the network of the layer alone, compiled, for few rows |
+| memory | how far steps of `fit` raise a process's resident memory at the peak (Linux) |
 """
 
 import argparse
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 
+PARTS = "layer", "forward", "step", "update", "memory"
 TILES = (1, 32), (1, 64), (1, 128), (16, 64), (64, 64)
 LAYERS = [  # rows, inputs, neurons, sparsity, tile
     *((rows, 1024, 1024, 0.9, tile) for rows in (128, 512) for tile in TILES),
@@ -39,6 +41,16 @@ STEPS = [  # network, batch, sparsity, tile, steps
     ("1×1 convolutions 128/256/512", 32, 0.9, (1, 64), 25),
     ("ResNet 64/128/256", 64, 0.9, (1, 64), 25),
 ]
+MEMORY = [  # network, batch, sparsity, tile
+    *(
+        (name, batch, 0.9, (1, 64))
+        for name in ("MLP 4 × 1024", "MLP 4 × 4096")
+        for batch in (32, 256)
+    ),
+    *(("transformer d 512", batch, 0.9, (1, 64)) for batch in (32, 256)),
+    ("ResNet 64/128/256", 32, 0.9, (1, 64)),
+    ("ResNet 64/128/256", 256, 0.9, (1, 64)),
+]
 FORWARDS = [(rows, 1024, 1024, 0.9, (1, 64)) for rows in (1, 8, 128)]
 AIMS = [
     "aims: layer 1024², 1×64: 3 × at 128 rows, 2 × at 512; step: MLP 2.5 × / 2 ×, transformer and "
@@ -53,10 +65,11 @@ def networks(name):
     from keras import layers
 
     def mlp():
+        width = int(name.split()[-1])
         return keras.Sequential(
             [
-                keras.Input((1024,)),
-                *(layers.Dense(1024, "relu") for _ in range(4)),
+                keras.Input((width,)),
+                *(layers.Dense(width, "relu") for _ in range(4)),
                 layers.Dense(10),
             ]
         )
@@ -110,7 +123,7 @@ def networks(name):
     def batch_of(number):
         y = rng.integers(0, 10, number)
         if name.startswith("MLP"):
-            return rng.normal(size=(number, 1024)).astype("float32"), y
+            return rng.normal(size=(number, int(name.split()[-1]))).astype("float32"), y
         if name.startswith("transformer"):
             return rng.normal(size=(number, 64, 512)).astype("float32"), y
         if name[0] in "1R":
@@ -285,6 +298,41 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
     return dense, sparse, share
 
 
+def peak_of(name, batch, sparsity, tile):
+    """Prints by how many bytes training raises this process's memory."""
+    import keras
+    from common import reset_peak, resident
+
+    import keras_sparseopt as kso
+
+    _, batch_of = networks(name)
+    x, y = batch_of(4 * batch)
+    keras.ops.convert_to_numpy(
+        keras.ops.ones((2, 2)) @ keras.ops.ones((2, 2))
+    )  # starts the backend
+    before = resident("VmRSS")
+    model = made(name, sparsity, tile, "auto")
+    method = [] if tile is None else [kso.RigL(update_every=2, end_step=10**6)]
+
+    def fit():
+        model.fit(x, y, batch_size=batch, shuffle=False, verbose=0, callbacks=method)
+
+    fit()  # compiles, which takes memory of its own
+    reset_peak()
+    fit()
+    print(json.dumps(resident("VmHWM") - before))
+
+
+def peak(*case):
+    """`peak_of` in a process of its own."""
+    from common import LITTLE_SLACK
+
+    environment = os.environ | LITTLE_SLACK
+    command = [sys.executable, __file__, "--worker", "--peak_of", json.dumps(case)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def time_update(seconds):
     import keras
     import numpy as np
@@ -331,6 +379,14 @@ def worker(args):
             dense, sparse, share = time_step(*case, args.rounds)
             columns = "network", "batch", "sparsity", "tile", "steps"
             tell("step", dict(zip(columns, case)), dense, sparse, bytes=share)
+    for name, batch, sparsity, tile in MEMORY if "memory" in args.parts else ():
+        dense, sparse = (peak(name, batch, sparsity, own) for own in (None, tile))
+        row = {
+            "part": "memory", "backend": keras.backend.backend(), "network": name, "batch": batch,
+            "sparsity": sparsity, "tile": tile, "dense MB": dense / 1e6,
+            "condensed MB": sparse / 1e6, "bytes": sparse / dense,
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
     if "update" in args.parts:
         copy, update = time_update(args.seconds)
         case = {"inputs": 4096, "neurons": 4096, "sparsity": 0.9, "tile": (1, 64)}
@@ -339,14 +395,18 @@ def worker(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--parts", nargs="+", default=["layer", "forward", "step", "update"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS))
     parser.add_argument("--network", default="", help="only networks whose name begins so")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each layer")
     parser.add_argument("--rounds", type=int, default=2, help="fits of each network")
     parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax"])
     parser.add_argument("--no_file", action="store_true", help="only print")
+    parser.add_argument("--peak_of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak_of:
+        peak_of(*json.loads(args.peak_of))
+        return
     if args.worker:
         worker(args)
         return

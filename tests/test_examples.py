@@ -27,6 +27,21 @@ def test_digits(tmp_path, capsys):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_train_faster(tmp_path, capsys):
+    import train_faster
+
+    results = train_faster.main(["--quick", "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "train_faster.json").read_text())["runs"] == results["runs"]
+    dense, sparse, longer = results["runs"]
+    assert dense["steps"] == sparse["steps"] == 16
+    assert 0.08 < sparse["bytes"] / dense["bytes"] < 0.2
+    for run in (dense, sparse, longer):
+        assert run["seconds"][-1] == pytest.approx(run["steps"] * run["ms_per_step"] / 1000)
+        assert 0 < run["test_accuracy"][-1] < 1
+    assert "ms/step" in capsys.readouterr().out
+    assert (tmp_path / "train_faster.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.backend("jax")
 def test_a_loop_in_one_jit_learns_and_moves_masks(capsys):
     import loop_jax

@@ -153,16 +153,60 @@ def test_structure_comparison_runs(tmp_path, capsys):
     assert len(sc.main(arguments)["runs"]) == trained == 8  # none is repeated
 
 
-def test_structure_comparison_predicts_characters_of_other_pages():
+def test_characters_of_other_pages():
+    import manual
     import structure_comparison as sc
 
-    (x, y), (test_x, _) = sc.load_text(3000, 1000)
+    (x, y), (test_x, _) = manual.load(3000, 1000, 16)
     assert x.shape == (3000, sc.CONTEXT) and y.shape == (3000,) and len(test_x) == 1000
     pages = "\n".join(pydoc_data.topics.topics.values())
     characters = sorted(set("".join(pydoc_data.topics.topics.values())))
     for window, following in zip(x[:20], y[:20]):
         assert "".join(characters[i] for i in [*window, following]) in pages
-    assert sc.text_model()(x[:2]).shape == (2, len(characters))
+    assert sc.text_model()(x[:2]).shape == (2, manual.classes())
+    (x, y), _ = manual.load(300, 100, 16, every=True)
+    np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+
+
+def test_training_time_finds_opponents_and_compares(tmp_path, capsys, monkeypatch):
+    import training_time as tt
+
+    assert tt.width_for(3.0, (100, 200), [2.0, 4.0], 16) == 144
+    assert tt.width_for(9.0, (100, 200), [2.0, 4.0], 16) == 192
+    monkeypatch.setattr(tt, "WIDTHS", {"text": 64})
+    monkeypatch.setattr(tt, "SPARSITIES", {"text": (0.9,)})
+    monkeypatch.setattr(tt, "CANDIDATES", {"text": ((16, 32), (64, 128))})
+    monkeypatch.setattr(tt, "STEPS", {"text": 8})
+    monkeypatch.setattr(tt, "BATCH", {"text": 4})
+    options = ["--quick", "--output", str(tmp_path)]
+    times = tt.main([*options, "--time"])["times"]
+    assert [tt.kind(row) for row in times] == [
+        "dense", "unstructured rigl", "1×64 rigl", "8×64 rigl", "64×64 rigl", "narrow",
+        "wide 1×64 rigl",
+    ]  # fmt: skip
+    for row, ms in zip(times, (8, 16, 4, 4, 4, 4, 8)):
+        row["ms"] = float(ms)
+    row, longer, _ = next(x for x in tt.rows_to_train(times) if tt.kind(x[0]) == "1×64 rigl")
+    assert longer == {**row, "steps": 16}
+    record = tt.Record(tmp_path / "by_hand.json", "", tt.DEFAULTS)
+    record.content["times"] = times
+    for seed, (dense, sparse) in enumerate(((0.5, 0.6), (0.5, 0.62))):
+        for setting, accuracy in (({"task": "text"}, dense), (longer, sparse), (row, 0.4)):
+            run = {"test_accuracy": [accuracy], "steps": [8], "weights": 1, "bytes": 1}
+            record.add({**setting, "seed": seed}, run)
+    found = {x["row"]: x for x in tt.compare(record, {"text": 2})}["1×64 rigl"]
+    assert found["− dense, equal time"]["points"] == pytest.approx(11)
+    half = 12.706 * np.std([10, 12], ddof=1) / np.sqrt(2)
+    assert found["− dense, equal time"]["± 95 %"] == pytest.approx(half, rel=1e-3)
+    assert found["− dense, equal time"]["verdict"] == "no difference shown"
+    assert found["− dense, equal steps"] == {
+        "points": pytest.approx(-10), "± 95 %": pytest.approx(0, abs=1e-9), "verdict": "loses",
+    }  # fmt: skip
+    assert found["steps in equal time"] == 16 and found["seconds to reach"] == 0.032
+    content = tt.main([*options, "--seeds", "1", "--only", "1×64 rigl"])
+    assert {len(run["result"]["steps"]) for run in content["runs"]} == {1, 8}
+    assert "1×64 rigl" in capsys.readouterr().out
+    assert (tmp_path / "quick" / "training_time.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ----------------------------------------------------------------------------------- the skew

@@ -19,14 +19,16 @@ and none is repeated.
 """
 
 import functools
-import pydoc_data.topics
 import re
 
+from driver import arguments, command  # which finds the examples beside this folder
+
+# isort: split
 import digits
 import keras
+import manual
 import numpy as np
 import proxy
-from driver import arguments, command
 from models import mlp, resnet
 from proxy import Record, confidence, full, train_all
 
@@ -62,30 +64,8 @@ def load_digits():
     return (train_x, train_y), (test_x, test_y)
 
 
-def load_text(train=100_000, test=20_000):
-    """Windows of characters and the one after each; whole pages of the manual are for testing."""
-    pages = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    characters = sorted(set("".join(pages)))
-    code = {character: i for i, character in enumerate(characters)}
-    rng = np.random.default_rng(0)
-    chosen, parts = rng.permutation(len(pages)), []
-    for some, number in ((chosen[len(pages) // 10 :], train), (chosen[: len(pages) // 10], test)):
-        windows = np.concatenate(
-            [
-                np.lib.stride_tricks.sliding_window_view(
-                    np.array([code[c] for c in pages[i]], "int32"), CONTEXT + 1
-                )
-                for i in some
-                if len(pages[i]) > CONTEXT
-            ]
-        )
-        windows = windows[rng.permutation(len(windows))[:number]]
-        parts.append((windows[:, :-1], windows[:, -1]))
-    return parts
-
-
 def text_model():
-    classes = len(set("".join(pydoc_data.topics.topics.values())))
+    classes = manual.classes()
     return keras.Sequential(
         [
             keras.Input((CONTEXT,), dtype="int32"),
@@ -120,10 +100,11 @@ COLORS = {"mlp": "#30638e", "resnet": "#d1495b", "text": "#5b8e30", "cifar": "#8
 
 def load(families, data_dir, quick):
     """The data of each family, by name."""
+    windows = (2000, 500) if quick else (100_000, 20_000)
     loads = {
         "mlp": load_digits,
         "resnet": load_digits,
-        "text": functools.partial(load_text, 2000, 500) if quick else load_text,
+        "text": functools.partial(manual.load, *windows, CONTEXT),
         "cifar": proxy.made_up if quick else functools.partial(proxy.load, data_dir),
     }
     return {family: loads[family]() for family in families}
