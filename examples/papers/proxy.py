@@ -450,6 +450,7 @@ class Record:
         aside.replace(self.path)
 
 
+_PER_PROCESS = 20  # trainings
 _worker: dict = {}
 
 
@@ -479,7 +480,6 @@ def processes(jobs, load_data, train, threads=1):
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(
         jobs, context, _start_worker, (load_data, train, threads, context.Barrier(jobs)),
-        max_tasks_per_child=20,
     )  # fmt: skip
 
 
@@ -495,27 +495,29 @@ def train_all(
     if load_data is None:
         load_data = made_up if quick else functools.partial(load, data_dir)
     missing = record.missing(settings)
-    if not missing:
-        return
-    failed = 0
-    with processes(jobs, load_data, train, threads) as pool:
-        waiting = {pool.submit(_run, setting): setting for setting in missing}
-        done = concurrent.futures.as_completed(waiting)
-        for number, training in enumerate(done, 1):
-            setting = waiting[training]
-            try:
-                result = training.result()
-            except concurrent.futures.BrokenExecutor:
-                raise
-            except Exception:
-                failed += 1
-                print(f"{number}/{len(missing)}", setting, "failed:", flush=True)
-                traceback.print_exc()
-                continue
-            record.add(setting, result)
-            if then is not None:
-                then(setting)
-            print(f"{number}/{len(missing)}", setting, result["test_accuracy"][-1], flush=True)
+    number = failed = 0
+    # Processes grow, so some trainings get new ones. Not by `max_tasks_per_child`: if all processes
+    # reach it together, Python 3.11 starts no new ones and waits for ever.
+    for first in range(0, len(missing), _PER_PROCESS * jobs):
+        some = missing[first : first + _PER_PROCESS * jobs]
+        with processes(min(jobs, len(some)), load_data, train, threads) as pool:
+            waiting = {pool.submit(_run, setting): setting for setting in some}
+            for training in concurrent.futures.as_completed(waiting):
+                setting, number = waiting[training], number + 1
+                try:
+                    result = training.result()
+                except concurrent.futures.BrokenExecutor:
+                    raise
+                except Exception:
+                    failed += 1
+                    print(f"{number}/{len(missing)}", setting, "failed:", flush=True)
+                    traceback.print_exc()
+                    continue
+                record.add(setting, result)
+                if then is not None:
+                    then(setting)
+                accuracy = result["test_accuracy"][-1]
+                print(f"{number}/{len(missing)}", setting, accuracy, flush=True)
     if failed:
         raise SystemExit(f"{failed} of {len(missing)} trainings failed; all others are recorded.")
 

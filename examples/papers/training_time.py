@@ -486,7 +486,8 @@ def picture(record, seeds, path, sparsity=0.9):
             axis.plot(seconds, accuracy, color=color, label=label, marker="o", markersize=3)
         axis.set(xlabel="seconds of training", ylabel="test accuracy (%)", title=f"{task}, 90 %")
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, loc="lower right")
+        if axis.lines:
+            axis.legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -516,7 +517,8 @@ def main(argv=None):
     if not times:
         parser.error("--time comes first")
     for row in times:
-        row["tile"] = tuple(row["tile"]) if isinstance(row.get("tile"), list) else row.get("tile")
+        if isinstance(row.get("tile"), list):
+            row["tile"] = tuple(row["tile"])
     seeds = {} if args.seeds is None else dict.fromkeys(tasks, args.seeds)
     settings = [
         {**setting, "seed": seed}
