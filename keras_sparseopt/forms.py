@@ -241,7 +241,7 @@ class Condensed:
         xp = masks.xp_of(grid)
         before = xp.cumsum(masks.as_int(grid), axis=1) - 1
         first = np.arange(self.groups, dtype="int32")[:, None] * np.int32(self.tiles)
-        return xp.maximum(before, 0) + first
+        return xp.add(xp.maximum(before, 0), first)
 
     def _at(self, array, pattern):
         """The entries of an array (groups, all tiles) at the active tiles: (groups, tiles)."""
@@ -360,14 +360,14 @@ class Condensed:
         tiles = xp.transpose(xp.reshape(matrix, shape), (3, 1, 0, 2, 4))
         tiles = xp.reshape(tiles, (self.groups * self.num_tiles, -1))
         first = np.arange(self.groups, dtype="int32")[:, None] * np.int32(self.num_tiles)
-        return self._values_of(xp.take(tiles, xp.reshape(pattern + first, (-1,)), axis=0))
+        return self._values_of(xp.take(tiles, xp.reshape(xp.add(pattern, first), (-1,)), axis=0))
 
     def held(self, pattern):
         if not self.padding:
             return None
         xp = masks.xp_of(pattern)
         position: Any = np.arange(self.tile_inputs, dtype="int32")
-        inside = pattern[:, :, None] * self.tile_inputs + position < self.inputs
+        inside = xp.add(pattern[:, :, None] * self.tile_inputs, position) < self.inputs
         shape = self.groups, self.windows, self.tiles, self.tile_inputs
         return xp.reshape(xp.broadcast_to(inside[:, None], shape), (self.groups, -1, 1))
 
@@ -382,7 +382,9 @@ class Condensed:
 
     def _count_of_grid(self, grid):
         xp = masks.xp_of(grid)
-        total = xp.sum(masks.as_int(grid) * (self._lengths * np.int32(self._size_of_input)))
+        total = xp.sum(
+            xp.multiply(masks.as_int(grid), self._lengths * np.int32(self._size_of_input))
+        )
         return total.astype("int32") if xp is np else total
 
     def num_grown(self, old, new):

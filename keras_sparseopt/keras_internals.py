@@ -202,6 +202,46 @@ def store_as(optimizer, written, read):
     optimizer.__dict__["load_own_variables"] = load_own_variables
 
 
+def plain_class(optimizer):
+    """The class by which Keras' API knows an optimizer; on PyTorch it makes subclasses."""
+    inner = "keras.src.backend."
+    return next(kind for kind in type(optimizer).__mro__ if not kind.__module__.startswith(inner))
+
+
+# What makes the final gradients the step of an optimizer: of one variable; on PyTorch of all.
+_STEPS = "update_step", "_parallel_update_step"
+
+
+def extend_step(optimizer, then):
+    """Let an optimizer call a function after the step of each variable, with the same arguments.
+
+    Args:
+        optimizer: Keras optimizer.
+        then: Function of gradient, variable (as the optimizer names it) and learning rate.
+    """
+    one_step = optimizer.update_step
+
+    def update_step(gradient, variable, learning_rate):
+        one_step(gradient, variable, learning_rate)
+        then(gradient, variable, learning_rate)
+
+    optimizer.__dict__["update_step"] = update_step
+    if hasattr(optimizer, "_parallel_update_step"):
+        all_steps = optimizer._parallel_update_step
+
+        def parallel_update_step(gradients, variables, learning_rate):
+            all_steps(gradients, variables, learning_rate)
+            for gradient, variable in zip(gradients, variables):
+                then(gradient, variable, learning_rate)
+
+        optimizer.__dict__["_parallel_update_step"] = parallel_update_step
+
+
+def changed_steps(optimizer):
+    """Which of the methods that make a step an optimizer has got anew: set of names."""
+    return {"apply", *_STEPS} & vars(optimizer).keys()
+
+
 def averages(optimizer):
     """The moving averages of an optimizer with `use_ema`; AttributeError without."""
     return optimizer._model_variables_moving_average

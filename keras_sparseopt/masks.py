@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_sparseopt.backend import compiled, host, is_traced
+from keras_sparseopt.backend import as_uint32, compiled, host, is_traced
 from keras_sparseopt.typing import Array
 
 MAX_KERNEL_SIZE = 2**31 - 1  # positions and counts are int32
@@ -611,31 +611,29 @@ def random_scores(mask, seed, index, step):
     """
     on_the_host = on_host(mask)
     xp = np if on_the_host else ops
-    array = np.asarray if on_the_host else ops.convert_to_tensor
+    array = (lambda x: np.asarray(x, "uint32")) if on_the_host else as_uint32
 
     def mixed(x):  # the finalizer of MurmurHash3
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            x = xp.bitwise_xor(x, xp.right_shift(x, array(np.uint32(shift))))
-            x = xp.multiply(x, array(np.uint32(factor)))
-        return xp.bitwise_xor(x, xp.right_shift(x, array(np.uint32(16))))
+            x = xp.bitwise_xor(x, xp.right_shift(x, array(shift)))
+            x = array(xp.multiply(x, array(factor)))
+        return xp.bitwise_xor(x, xp.right_shift(x, array(16)))
 
     def absorbed(key, number):
         if isinstance(number, (int, np.integer)):
-            number = np.uint32(int(number) % 2**32)
-        else:
-            number = ops.cast(number, "uint32")
-        return mixed(xp.bitwise_xor(mixed(key), xp.reshape(number, (1,))))
+            number = int(number) % 2**32
+        return mixed(xp.bitwise_xor(mixed(key), xp.reshape(array(number), (1,))))
 
     def drawn(position, key):
         draw = mixed(xp.bitwise_xor(mixed(position), key))
-        draw = xp.right_shift(draw, array(np.uint32(8)))
+        draw = xp.right_shift(draw, array(8))
         return draw.astype("float32") if on_the_host else ops.cast(draw, "float32")
 
-    key = array(np.array([0x9E3779B9], "uint32"))
+    key = array([0x9E3779B9])
     for number in (seed, seed >> 32, index, step):
         key = absorbed(key, number)
     if not on_the_host:
-        position = ops.cast(_positions(mask.shape), "uint32")
+        position = as_uint32(_positions(mask.shape))
         return drawn(position, xp.reshape(key, (1,) * len(mask.shape))) * np.float32(2**-24)
     draws = np.empty(mask.size, "float32")
     for first in range(0, mask.size, _PIECE):  # a piece at a time stays in the cache

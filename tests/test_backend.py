@@ -33,12 +33,11 @@ def test_all_backends_offer_the_same():
     files = PACKAGE / "backend"
     of_jax = names_of(files / "jax.py")
     of_tensorflow = names_of(files / "tensorflow.py") | names_of(files / "tensorflow_loop.py")
-    for name, what in of_jax.items():
-        if name == "fit_in_own_loop":
-            continue
-        assert of_tensorflow[name] == what, name
     inner = {"trains_with_several_workers", "tf_workers"}
-    assert of_tensorflow.keys() - of_jax.keys() == inner
+    for others, own in ((of_tensorflow, inner), (names_of(files / "torch.py"), set())):
+        for name, what in of_jax.items():
+            assert name == "fit_in_own_loop" or others[name] == what, name
+        assert others.keys() - of_jax.keys() == own
 
 
 def test_no_other_module_asks_which_backend_it_is():
@@ -51,7 +50,13 @@ def test_no_other_module_asks_which_backend_it_is():
         if name.startswith("backend/") or name in allowed:
             continue
         text = re.sub(r'"""[\s\S]*?"""', "", path.read_text())
-        for word in ("import tensorflow", "import jax", "backend.NAME", "backend.backend()"):
+        for word in (
+            "import tensorflow",
+            "import jax",
+            "import torch",
+            "backend.NAME",
+            "backend.backend()",
+        ):
             assert word not in text, (name, word)
 
 

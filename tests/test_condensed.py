@@ -175,6 +175,11 @@ def outputs_and_gradients(layer, x):
             loss = keras.ops.sum(outputs * weights)
         found = tape.gradient(loss, [held.value, *(v.value for v in variables)])
         return array(outputs), [array(tf.convert_to_tensor(g)) for g in found]
+    if keras.backend.backend() == "torch":
+        layer.zero_grad()
+        outputs = layer(held.value)
+        keras.ops.sum(outputs * keras.ops.convert_to_tensor(weights)).backward()
+        return array(outputs), [array(v.value.grad) for v in (held, *variables)]
     import jax
 
     def function(values):

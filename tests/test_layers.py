@@ -68,7 +68,7 @@ def test_forward_is_the_masked_kernel_exactly(name):
 
 
 def gradient(layer, x):
-    """d sum(y · r) / d kernel, on either backend."""
+    """d sum(y · r) / d kernel, on any backend."""
     r = np.random.default_rng(1).normal(size=tuple(layer(x).shape)).astype("float32")
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -76,6 +76,10 @@ def gradient(layer, x):
         with tf.GradientTape() as tape:
             value = keras.ops.sum(layer(x) * r)
         return array(tape.gradient(value, layer.kernel.value))
+    if keras.backend.backend() == "torch":
+        layer.zero_grad()
+        keras.ops.sum(layer(x) * keras.ops.convert_to_tensor(r)).backward()
+        return array(layer.kernel.value.grad)
     import jax
 
     def value(kernel):

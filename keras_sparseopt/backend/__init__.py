@@ -23,9 +23,9 @@ from keras_sparseopt.backend.common import Devices, host
 __all__ = ["NAME", "Devices", "host"]
 
 NAME = keras.backend.backend()
-if NAME not in ("tensorflow", "jax"):
+if NAME not in ("tensorflow", "jax", "torch"):
     raise ImportError(
-        "keras_sparseopt runs on the TensorFlow and JAX backends of Keras. Received: "
+        "keras_sparseopt runs on the TensorFlow, JAX and PyTorch backends of Keras. Received: "
         f"KERAS_BACKEND={NAME}. Set KERAS_BACKEND before importing keras."
     )
 

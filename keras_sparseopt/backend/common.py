@@ -36,7 +36,7 @@ def host(x):
     """`x` as a NumPy array, for reading: without a copy where the backend's memory allows."""
     if isinstance(x, np.ndarray):
         return x
-    x = ops.convert_to_tensor(x)
+    x = ops.stop_gradient(ops.convert_to_tensor(x))
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = ops.cast(x, "float32")
     return np.asarray(x)

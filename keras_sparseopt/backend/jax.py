@@ -52,6 +52,13 @@ def rows_at(array, indices):
     return jax.numpy.take(array, indices, axis=0, mode="clip")
 
 
+def as_uint32(numbers):
+    """Integers modulo 2^32, of a type in which shifts and products are those of uint32."""
+    if isinstance(numbers, (int, list)):
+        numbers = np.array(numbers, "uint32")
+    return ops.cast(numbers, "uint32")
+
+
 def are_on_host(variables):
     """Whether all the variables lie whole in this process, on CPU devices."""
     return all(_is_on_host(variable.value) for variable in variables)

@@ -7,7 +7,9 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from keras import ops
 
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend.common import (
@@ -61,6 +63,13 @@ def tensor_of(variable):
 def rows_at(array, indices):
     """The rows of an array at indices that are valid: nothing looks whether they are."""
     return tf.gather(array, indices)
+
+
+def as_uint32(numbers):
+    """Integers modulo 2^32, of a type in which shifts and products are those of uint32."""
+    if isinstance(numbers, (int, list)):
+        numbers = np.array(numbers, "uint32")
+    return ops.cast(numbers, "uint32")
 
 
 def are_on_host(variables):

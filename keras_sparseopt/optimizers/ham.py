@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_sparseopt import keras_internals
 from keras_sparseopt.checks import check_float
 from keras_sparseopt.optimizers.wrapper import WrapperOptimizer
 
@@ -78,26 +79,20 @@ class HAM(WrapperOptimizer):
         for argument, value in (("alpha", alpha), ("beta", beta)):
             check_float(argument, value, 0, math.inf)
         super().__init__(inner_optimizer, name=name)
-        if "update_step" in vars(self.inner_optimizer):
+        if keras_internals.changed_steps(self.inner_optimizer) - {"apply"}:
             raise ValueError(
                 "`inner_optimizer` must not be in another HAM already: the hyperbolic step would "
                 f"be applied twice. Received: inner_optimizer={self.inner_optimizer.name}"
             )
         self.alpha = float(alpha)
         self.beta = float(beta)
-        # `update_step` is the one place that sees the final gradient, once per real update
-        # and after the all-reduce of a distribution strategy.
-        self.inner_optimizer.update_step = self._then_hyperbolic(self.inner_optimizer.update_step)
-
-    def _then_hyperbolic(self, inner_step):
-        def update_step(gradient, variable, learning_rate):
-            inner_step(gradient, variable, learning_rate)
-            if len(variable.shape) >= 2:
-                self._hyperbolic_step(gradient, variable, learning_rate)
-
-        return update_step
+        # This is the one place that sees the final gradient, once per real update and after the
+        # all-reduce of a distribution strategy.
+        keras_internals.extend_step(self.inner_optimizer, self._hyperbolic_step)
 
     def _hyperbolic_step(self, gradient, variable, learning_rate):
+        if len(variable.shape) < 2:
+            return
         w = ops.convert_to_tensor(variable)
         g = ops.cast(gradient, w.dtype)
         lr = ops.cast(learning_rate, w.dtype)

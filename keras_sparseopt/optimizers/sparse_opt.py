@@ -555,9 +555,10 @@ class SparseOpt(WrapperOptimizer):
         optimizer = self.inner_optimizer
         while type(optimizer) is HAM:
             optimizer = optimizer.inner_optimizer
-        changed = {"apply", "update_step"} & vars(optimizer).keys()
-        is_of_ham = changed == {"update_step"} and type(self.inner_optimizer) is HAM
-        return type(optimizer) in KEEPS_ZEROS and (not changed or is_of_ham)
+        changed = keras_internals.changed_steps(optimizer)
+        is_of_ham = "apply" not in changed and type(self.inner_optimizer) is HAM
+        is_known = keras_internals.plain_class(optimizer) in KEEPS_ZEROS
+        return is_known and (not changed or is_of_ham)
 
     def _mask_again(self, weight):
         if weight.held is not None:

@@ -1,0 +1,412 @@
+"""What belongs to PyTorch."""
+
+import contextlib
+import functools
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from keras_sparseopt.backend.common import (
+    Devices,
+    Products,
+    Trace,
+    example_shape,
+    function_of_values,
+    gradient_function_by,
+)
+
+STEPS_SHARE_VARIABLES = True
+_inside: list = []  # the functions of `compiled` that run
+
+
+def is_traced(*arrays):
+    """Whether a computation on these arrays is being recorded, not run, or is of `compiled`."""
+    if torch.compiler.is_compiling() or _inside:
+        return True
+    return any(getattr(array, "is_meta", False) for array in arrays)
+
+
+def init_scope():
+    """Eager execution, also when called while a function is being traced."""
+    return contextlib.nullcontext()
+
+
+def is_initialized(variable):
+    """Whether a variable has a value yet."""
+    return True
+
+
+def is_single_replica():
+    """Whether variables may be made and read here: always, replicas are processes."""
+    return True
+
+
+def tensor_of(variable):
+    """The value of a Keras variable."""
+    return variable.value
+
+
+def rows_at(array, indices):
+    """The rows of an array at indices that are valid: nothing looks whether they are."""
+    return torch.index_select(array, 0, indices.reshape(-1)).reshape(
+        (*indices.shape, *array.shape[1:])
+    )
+
+
+def as_uint32(numbers):
+    """Integers modulo 2^32, of a type in which shifts and products are those of uint32.
+
+    PyTorch does not multiply uint32; the lower half of a product of int64 is the same.
+    """
+    return keras.ops.convert_to_tensor(numbers, dtype="int64") & 0xFFFFFFFF
+
+
+def are_on_host(variables):
+    """Whether all the variables lie whole in this process, on CPU devices."""
+    return all(variable.value.device.type == "cpu" for variable in variables)
+
+
+def is_whole(variable):
+    """Whether all of a variable's value can be read in this process, wherever it lies."""
+    return True
+
+
+def is_replicated(variable):
+    """Whether every device has all of a variable."""
+    return True
+
+
+@contextlib.contextmanager
+def freed(variables):
+    """Frees what the variables held before they are assigned: they are written in place."""
+    yield
+
+
+def compiled(function, donate=()):
+    """`function` of lists and dicts of tensors, run as it is and not differentiated.
+
+    Args:
+        function: Pure function.
+        donate: Positions of arguments whose memory the results may take; of no use here.
+    """
+
+    def tensor(x):
+        return keras.ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+
+    @functools.wraps(function)
+    def run(*arguments, **named):
+        arguments, named = keras.tree.map_structure(tensor, (arguments, named))
+        _inside.append(function)
+        try:
+            with torch.no_grad():
+                return function(*arguments, **named)
+        finally:
+            _inside.pop()
+
+    return run
+
+
+def gradient_function(function, variables, of_norm=False):
+    """The gradient of a scalar by some variables, as a function of their values.
+
+    Args:
+        function: Function without arguments; a scalar. What it assigns is discarded.
+        variables: List of Keras variables.
+        of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
+            of `function`: its gradient is the Hessian times g.
+
+    Returns:
+        Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
+    """
+
+    def value_and_gradients(function, values):
+        if not any(value.requires_grad for value in values):
+            values = [value.detach().requires_grad_() for value in values]
+        result = function(values)
+        gradients = torch.autograd.grad(
+            result, values, create_graph=of_norm, allow_unused=True, materialize_grads=True
+        )
+        return result, list(gradients)
+
+    def as_it_is(function):
+        return function
+
+    return gradient_function_by(value_and_gradients, as_it_is, function, variables, of_norm)
+
+
+def colocated_scope(value):
+    """The scope in which variables are made that live where `value` does."""
+    return contextlib.nullcontext()
+
+
+def summed_over_replicas(gradient):
+    """The gradient of the global batch: DistributedDataParallel gives every process the same."""
+    return gradient
+
+
+class Tap:
+    """Memory for one gradient that is only there while it is open.
+
+    Args:
+        like: Keras variable, whose gradient is kept.
+        empty_value: Float that fills the memory when it is opened.
+        name: String.
+    """
+
+    # Whether a step that has assigned it should read it, so as not to hold the gradient twice.
+    is_memory_of_the_step = False
+
+    def __init__(self, like, empty_value, name):
+        self._like, self._empty_value, self.name = like, empty_value, name
+        self.shape, self.dtype = tuple(like.shape), like.dtype
+        self.variable: Any = None
+
+    def open(self, shape):
+        self.shape = tuple(shape)
+        self.variable = keras.Variable(
+            keras.initializers.Constant(self._empty_value), shape=self.shape, dtype=self.dtype,
+            trainable=False, name=self.name,
+        )  # fmt: skip
+
+    def close(self):
+        self.variable = None
+
+    def assign(self, gradient):
+        self.variable.assign(gradient)
+
+    def read(self):
+        """The kept gradient: a tensor of the weight's shape, of the global batch."""
+        return self.variable.value.detach()
+
+
+class Seen:
+    """What the backward pass of a layer sees, and tells the optimizer in the same step.
+
+    Nothing is differentiated by a list of variables here: the backward pass adds to memory.
+
+    Args:
+        like: Keras variable, the layer's weight.
+        name: String.
+    """
+
+    def __init__(self, like, name):
+        self._memory = Tap(like, 0, name)
+        self.variable: Any = None
+        self.arrived: Any = None
+
+    def open(self, shape):
+        if self._memory.variable is None or self._memory.shape != tuple(shape):
+            self._memory.open(shape)
+
+    def close(self):
+        self._memory.close()
+
+    @property
+    def shape(self):
+        """Of what is told."""
+        return self._memory.shape
+
+    def through(self, outputs, inputs, look):
+        """`outputs` as they are; the backward pass tells `look(inputs, gradient of outputs)`."""
+        return _Through.apply(outputs, inputs, look, self._memory)
+
+    def take(self):
+        """What has arrived in this step."""
+        told = self._memory.read().clone()
+        self._memory.variable.value.data.zero_()
+        return told
+
+
+class _Through(torch.autograd.Function):
+    """`Seen.through`."""
+
+    @staticmethod
+    def forward(ctx, outputs, inputs, look, memory):
+        ctx.save_for_backward(inputs)
+        ctx.look, ctx.memory = look, memory
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inputs,) = ctx.saved_tensors
+        told = ctx.look(inputs, gradient)
+        value = ctx.memory.variable.value.data
+        value.add_(told.to(value.dtype))
+        return gradient, None, None, None
+
+
+def num_replicas(optimizer):
+    """How many replicas compute their own gradients; DistributedDataParallel averages them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+# ---------------------------------------------------------------------- several devices
+
+
+def resolve(name):
+    """`Devices` of a name."""
+    if name != "one":
+        raise ValueError(
+            f"'{name}' needs KERAS_BACKEND=tensorflow or jax; on the torch backend several "
+            "processes train in a loop of their own under DistributedDataParallel. "
+            f"Received: name={name!r}"
+        )
+    return Devices(name, None, 1, 0, 1)
+
+
+def worker_index(model):
+    """Index of this process among those that train `model` together; 0 if it is the only one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def strategy_scope(optimizer):
+    """The scope in which an optimizer's variables are created."""
+    return contextlib.nullcontext()
+
+
+def check_strategy(optimizer):
+    """Refuse strategies, or warn of what they break, when an optimizer is made in their scope."""
+
+
+def check_optimizer(optimizer):
+    """Refuse an optimizer that its strategy cannot train, before anything is built."""
+
+
+def check_fit(model, own_loop):
+    """Refuse what Keras 3 itself cannot train under the model's strategy, before it starts."""
+
+
+def needs_own_loop(model):
+    """Whether Keras' `fit` cannot train under the model's strategy."""
+    return False
+
+
+def fit_in_own_loop(model, data, **settings):
+    """A loop for strategies that Keras' `fit` cannot train under: there is none."""
+    raise NotImplementedError
+
+
+def copies_of_shards(variable):
+    """For every part of a variable, its copies on the devices of this process."""
+    return [[keras.ops.convert_to_numpy(variable.value)]]
+
+
+def of_all_workers(digests, optimizer):
+    """Rows of int32, one per worker; none if there is one worker."""
+    number = num_replicas(optimizer)
+    if number == 1:
+        return []
+    own = torch.as_tensor(digests)
+    rows = [torch.empty_like(own) for _ in range(number)]
+    torch.distributed.all_gather(rows, own)
+    return torch.stack(rows).numpy()
+
+
+def share_statistics(model):
+    """Give all replicas the mean of what each has gathered: each process keeps its own."""
+
+
+# ---------------------------------------------------------------------- where weights multiply
+
+_ELEMENTWISE = frozenset(
+    "alias clone detach _to_copy lift_fresh_copy neg sign abs exp log tanh sigmoid sqrt rsqrt "
+    "square relu gelu silu erf mul add sub div maximum minimum pow where clamp clamp_min clamp_max "
+    "slice flip cat constant_pad_nd softplus elu leaky_relu sin cos".split()
+)
+_PRODUCTS = {  # operands, and of each its summed axes and those that stay
+    "mm": ((0, 1), (((1,), (0,)), ((0,), (1,)))),
+    "addmm": ((1, 2), (((1,), (0,)), ((0,), (1,)))),
+    "bmm": ((0, 1), (((2,), (0, 1)), ((1,), (0, 2)))),
+    "baddbmm": ((1, 2), (((2,), (0, 1)), ((1,), (0, 2)))),
+    "mv": ((0, 1), (((1,), (0,)), ((0,), ()))),
+}
+
+
+def products_of(call, inputs, variables):
+    """Where variables enter products, in the order of one call.
+
+    Args:
+        call: Function of the inputs.
+        inputs: Structure of `keras.KerasTensor`s.
+        variables: List of Keras variables.
+
+    Returns:
+        List of `Product`s.
+    """
+
+    def example(x):
+        return keras.ops.zeros(example_shape(x.shape), x.dtype)
+
+    values = [variable.value.detach() for variable in variables]
+    structure = keras.tree.map_structure(example, inputs)
+    arrays = keras.tree.flatten(structure)
+
+    def function(values, arrays):
+        given = keras.tree.pack_sequence_as(structure, arrays)
+        with torch.no_grad():
+            return keras.tree.flatten(function_of_values(call, variables)(values, given))
+
+    graph = make_fx(function, tracing_mode="fake")(values, arrays).graph
+    origins = [[Trace.of(i, len(v.shape))] for i, v in enumerate(variables)]
+    given = iter([*origins, *["data"] * len(arrays)])
+    known: dict = {}
+    products = Products()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            known[node] = next(given)
+        elif node.op == "call_function":
+            known[node] = _origin(node, known, products)
+    return products.found
+
+
+def _shape(node):
+    return tuple(node.meta["val"].shape)
+
+
+def _origin(node, known, products):
+    """The origin of the result of an operation; of several results all alike."""
+    name = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
+    inputs = node.all_input_nodes
+    operands = [known.get(one, []) for one in inputs]
+    if name in _PRODUCTS:
+        places, sides = _PRODUCTS[name]
+        return products.product([known.get(node.args[place], []) for place in places], sides)
+    if name == "convolution":
+        is_transposed = node.args[6]
+        kernel = ((0,), (1,)) if is_transposed else ((1,), (0,))
+        pair = [known.get(one, []) for one in node.args[:2]]
+        return products.product(pair, (((1,), (0,)), kernel))
+    rank = len(_shape(inputs[0])) if inputs and hasattr(inputs[0].meta.get("val"), "shape") else 0
+    if name in ("t", "transpose", "permute"):
+        order = list(range(rank))
+        if name == "permute":
+            order = [axis % rank for axis in node.args[1]]
+        elif rank > 1:
+            one, other = (0, 1) if name == "t" else (axis % rank for axis in node.args[1:3])
+            order[one], order[other] = order[other], order[one]
+        return products.changed(operands[0], lambda t: t.picked(order))
+    if name in ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze"):
+        old, new = _shape(inputs[0]), _shape(node)
+        return products.changed(operands[0], lambda t: t.reshaped(old, new))
+    if name == "expand":
+        old, new = _shape(inputs[0]), _shape(node)
+        more = len(new) - len(old)
+        axes = [None] * more + [a if old[a] == new[a + more] else None for a in range(len(old))]
+        return products.changed(operands[0], lambda t: t.picked(axes))
+    if name == "select":
+        axis = node.args[1] % rank
+        left = [a for a in range(rank) if a != axis]
+        return products.changed(operands[0], lambda t: t.picked(left))
+    if name in _ELEMENTWISE and inputs:
+        ranks = [len(_shape(one)) for one in inputs]
+        return products.kept(operands, ranks, len(_shape(node)))
+    if str(node.target) == "<built-in function getitem>":
+        return operands[0]
+    return products.mixed(operands)
