@@ -1,12 +1,14 @@
 # make demo: trains on digits and on text, beside dense training too, and draws pictures (about eight minutes)
 # make test: lint, types and the tests on the TensorFlow and the JAX backend (ten minutes)
-# make test-all: what `make test` leaves out: all combinations, all models, drivers and examples
+# make test-all: what `make test` leaves out: all combinations, models, drivers, examples, and PyTorch
 # make docs: builds the documentation into docs/_build, and runs every example in it
 # make browser: serves the page that runs a dense and a sparse network side by side (needs npm)
 # make browser-test: tests that page in headless Chromium (needs Node 20, npm and Chromium)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# The one that has been tried.
+TORCH = torch==2.13.0
 # For tests only, and without its dependency tensorflow-text, which would bring a second TensorFlow.
 KERAS_HUB = keras-hub==0.32.0 kagglehub==1.0.3 kagglesdk==0.1.28 tokenizers regex sentencepiece
 
@@ -15,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 PAGE = examples/browser
 PORT ?= 8000
 
-.PHONY: demo docs linkcheck test test-tensorflow test-jax test-all all-tensorflow all-jax lint nightly-keras bench peers browser browser-test clean
+.PHONY: demo docs linkcheck test test-tensorflow test-jax test-torch test-all all-tensorflow all-jax lint nightly-keras bench peers browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -34,10 +36,17 @@ test: lint test-tensorflow test-jax
 test-tensorflow test-jax: test-%: $(VENV)/.test
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2 -m "not exhaustive"
 
-test-all: all-tensorflow all-jax
+test-all: all-tensorflow all-jax test-torch
 
 all-tensorflow all-jax: all-%: $(VENV)/.test
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2 -m exhaustive
+
+# PyTorch is new here: what has been tried there.
+ON_TORCH = $(patsubst %,tests/test_%.py,backend masks layers structures optimizers methods \
+	callbacks condensed contract saving attached)
+
+test-torch: $(VENV)/.test
+	KERAS_BACKEND=torch $(BIN)/python -m pytest --numprocesses 2 -m "not exhaustive" $(ON_TORCH)
 
 # Puts the nightly Keras into the environment of the tests.
 nightly-keras: $(VENV)/.test
@@ -89,6 +98,7 @@ $(VENV)/.demo: $(VENV)/bin/python setup.cfg
 
 $(VENV)/.test: $(VENV)/bin/python setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,jax,examples,test]"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --no-deps $(KERAS_HUB)
 	touch $@
 

@@ -382,9 +382,8 @@ class Condensed:
 
     def _count_of_grid(self, grid):
         xp = masks.xp_of(grid)
-        total = xp.sum(
-            xp.multiply(masks.as_int(grid), self._lengths * np.int32(self._size_of_input))
-        )
+        sizes = self._lengths * np.int32(self._size_of_input)
+        total = xp.sum(xp.multiply(masks.as_int(grid), sizes))
         return total.astype("int32") if xp is np else total
 
     def num_grown(self, old, new):

@@ -100,6 +100,22 @@ EXHAUSTIVE = {
 }  # fmt: skip
 
 
+# What Keras does not do on PyTorch, or what has not been tried, by why.
+NOT_ON_TORCH = {
+    "*XLA*": "no XLA there, and torch.compile is not tried here yet",
+    "*nested_layers_train_as_masked[[]True]": "torch.compile is not tried here yet",
+    "*steps_per_execution*": "Keras refuses steps_per_execution there",
+    "test_fits_do_not_compile_the_step_again": "nothing is traced there",
+}
+
+
+def why_not_on_torch(item):
+    found = (
+        why for pattern, why in NOT_ON_TORCH.items() if fnmatch.fnmatchcase(item.name, pattern)
+    )
+    return next(found, None) if BACKEND == "torch" else None
+
+
 def is_exhaustive(item):
     chosen = False
     for pattern in EXHAUSTIVE.get(item.path.name, ()):
@@ -116,6 +132,8 @@ def pytest_collection_modifyitems(config, items):
         needed = item.get_closest_marker("backend")
         if needed and BACKEND not in needed.args:
             item.add_marker(pytest.mark.skip(reason=f"needs the backend {needed.args}"))
+        elif why := why_not_on_torch(item):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 def pytest_configure(config):
