@@ -19,8 +19,10 @@ from measuring import (  # noqa: E402
     BATCH,
     DROP_FRACTION,
     HEADS,
+    HIDDEN,
     SEQUENCE,
     SPARSITY,
+    UNITS,
     UPDATES,
     VOCABULARY,
     WIDTH,
@@ -58,7 +60,15 @@ class BertTiny(nn.Module):
         return nn.Dense(10)(x[:, 0])
 
 
-NETWORKS = {"resnet20": ResNet20, "bert_tiny": BertTiny}
+class WideMLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(HIDDEN):
+            x = nn.relu(nn.Dense(UNITS)(x))
+        return nn.Dense(10)(x)
+
+
+NETWORKS = {"resnet20": ResNet20, "bert_tiny": BertTiny, "wide_mlp": WideMLP}
 
 
 def batch(network):
@@ -66,6 +76,8 @@ def batch(network):
     size = BATCH[network]
     if network == "resnet20":
         x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
+    elif network == "wide_mlp":
+        x = rng.normal(size=(size, UNITS)).astype("float32")
     else:
         x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
     return jnp.asarray(x), jnp.asarray(rng.integers(0, 10, size))

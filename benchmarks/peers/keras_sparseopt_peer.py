@@ -9,8 +9,10 @@ from measuring import (
     BATCH,
     DROP_FRACTION,
     HEADS,
+    HIDDEN,
     SEQUENCE,
     SPARSITY,
+    UNITS,
     UPDATES,
     VOCABULARY,
     WIDTH,
@@ -42,7 +44,14 @@ def bert_tiny():
     return keras.Model(inputs, layers.Dense(10)(x[:, 0]))
 
 
-NETWORKS = {"resnet20": resnet20, "bert_tiny": bert_tiny}
+def wide_mlp():
+    x = inputs = keras.Input((UNITS,))
+    for _ in range(HIDDEN):
+        x = layers.Dense(UNITS, activation="relu")(x)
+    return keras.Model(inputs, layers.Dense(10)(x))
+
+
+NETWORKS = {"resnet20": resnet20, "bert_tiny": bert_tiny, "wide_mlp": wide_mlp}
 
 
 def batch(network):
@@ -50,6 +59,8 @@ def batch(network):
     size = BATCH[network]
     if network == "resnet20":
         x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
+    elif network == "wide_mlp":
+        x = rng.normal(size=(size, UNITS)).astype("float32")
     else:
         x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
     return x, rng.integers(0, 10, size)
@@ -66,6 +77,12 @@ def sgd():
 
 def sparse(model):
     return compiled(kso.sparsify(model, SPARSITY, "uniform"), kso.SparseOpt(sgd()))
+
+
+def condensed(model):
+    tiles = kso.Block(1, 64, balanced=True)
+    kso.sparsify(model, SPARSITY, "uniform", exclude=model.layers[-1], structure=tiles)
+    return compiled(kso.condense(model), kso.SparseOpt(sgd()))
 
 
 def masks_of(model):
@@ -104,10 +121,12 @@ class Ours(measuring.Peer):
 
     def steps(self, network):
         x, y = batch(network)
-        dense, masked = compiled(NETWORKS[network](), sgd()), sparse(NETWORKS[network]())
+        make_sparse = condensed if network == "wide_mlp" else sparse
+        dense, masked = compiled(NETWORKS[network](), sgd()), make_sparse(NETWORKS[network]())
         masked.optimizer.build(masked.trainable_variables)
-        self.rigl = kso.RigL(NEVER, end_step=2 * NEVER)
-        self.rigl.begin(masked.optimizer)  # keeps the gradient, as long as it lives
+        if network != "wide_mlp":  # in `fit` only the step before an update needs gradients
+            self.rigl = kso.RigL(NEVER, end_step=2 * NEVER)
+            self.rigl.begin(masked.optimizer)  # keeps the gradient, as long as it lives
         return {
             "dense": lambda: dense.train_on_batch(x, y),
             "sparse": lambda: masked.train_on_batch(x, y),

@@ -11,8 +11,9 @@ import time
 import numpy as np
 
 SPARSITY = 0.9
-BATCH = {"resnet20": 128, "bert_tiny": 32}
+BATCH = {"resnet20": 128, "bert_tiny": 32, "wide_mlp": 128}
 SEQUENCE, VOCABULARY, WIDTH, HEADS = 64, 8192, 128, 2
+UNITS, HIDDEN = 1024, 4  # of wide_mlp
 ONE_KERNEL = [(3, 3, 512, 512)]  # (height, width, in, out): 2.36 M weights
 DROP_FRACTION = 0.3
 UPDATES = 50
@@ -52,7 +53,10 @@ class Peer:
         raise NotImplementedError
 
     def steps(self, network):
-        """Functions that take one training step, dense and 90 % sparse: dict of two."""
+        """Functions that take one training step, dense and 90 % sparse: dict of two.
+
+        `resnet20` and `bert_tiny` unstructured, `wide_mlp` in the way that trains it fastest.
+        """
         self._missing("step")
 
     def update(self, shapes):
@@ -194,6 +198,7 @@ ROWS = {
     "versions": lambda peer: peer.versions(),
     "step: resnet20": lambda peer: step(peer, "resnet20"),
     "step: bert_tiny": lambda peer: step(peer, "bert_tiny"),
+    "step: wide_mlp": lambda peer: step(peer, "wide_mlp"),
     "update: one kernel of 2.36 M": lambda peer: update(peer, "one kernel of 2.36 M"),
     "update: all of ResNet-50": lambda peer: update(peer, "all of ResNet-50"),
     "counts": counts,

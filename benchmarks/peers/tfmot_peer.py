@@ -9,7 +9,17 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 import tensorflow_model_optimization as tfmot  # noqa: E402
 import tf_keras  # noqa: E402
-from measuring import BATCH, HEADS, SEQUENCE, SPARSITY, UPDATES, VOCABULARY, WIDTH  # noqa: E402
+from measuring import (  # noqa: E402
+    BATCH,
+    HEADS,
+    HIDDEN,
+    SEQUENCE,
+    SPARSITY,
+    UNITS,
+    UPDATES,
+    VOCABULARY,
+    WIDTH,
+)  # fmt: skip
 
 layers = tf_keras.layers
 pruning = tfmot.sparsity.keras
@@ -46,7 +56,14 @@ def bert_tiny():
     return tf_keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling1D()(x)))
 
 
-NETWORKS = {"resnet20": resnet20, "bert_tiny": bert_tiny}
+def wide_mlp():
+    x = inputs = tf_keras.Input((UNITS,))
+    for _ in range(HIDDEN):
+        x = layers.Dense(UNITS, activation="relu")(x)
+    return tf_keras.Model(inputs, layers.Dense(10)(x))
+
+
+NETWORKS = {"resnet20": resnet20, "bert_tiny": bert_tiny, "wide_mlp": wide_mlp}
 
 
 def batch(network):
@@ -54,6 +71,8 @@ def batch(network):
     size = BATCH[network]
     if network == "resnet20":
         x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
+    elif network == "wide_mlp":
+        x = rng.normal(size=(size, UNITS)).astype("float32")
     else:
         x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
     return tf.constant(x), tf.constant(rng.integers(0, 10, size))

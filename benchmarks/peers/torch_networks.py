@@ -3,7 +3,7 @@
 import measuring
 import numpy as np
 import torch
-from measuring import BATCH, HEADS, SEQUENCE, VOCABULARY, WIDTH
+from measuring import BATCH, HEADS, HIDDEN, SEQUENCE, UNITS, VOCABULARY, WIDTH
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,7 +53,12 @@ class BertTiny(nn.Module):
         return self.classifier(x[:, 0])
 
 
-NETWORKS = {"resnet20": resnet20, "bert_tiny": BertTiny}
+def wide_mlp():
+    layers = [part for _ in range(HIDDEN) for part in (nn.Linear(UNITS, UNITS), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(UNITS, 10))
+
+
+NETWORKS = {"resnet20": resnet20, "bert_tiny": BertTiny, "wide_mlp": wide_mlp}
 
 
 def batch(network, seed=0):
@@ -61,6 +66,8 @@ def batch(network, seed=0):
     size = BATCH[network]
     if network == "resnet20":
         x = torch.tensor(rng.normal(size=(size, 3, 32, 32)).astype("float32"))
+    elif network == "wide_mlp":
+        x = torch.tensor(rng.normal(size=(size, UNITS)).astype("float32"))
     else:
         x = torch.tensor(rng.integers(0, VOCABULARY, (size, SEQUENCE)))
     return x, torch.tensor(rng.integers(0, 10, size))
