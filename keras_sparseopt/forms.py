@@ -240,8 +240,12 @@ class Condensed:
         """Where the values of every tile are: int32 (groups, all tiles), of rows of `_by_tile`."""
         xp = masks.xp_of(grid)
         before = xp.cumsum(masks.as_int(grid), axis=1) - 1
-        first = np.arange(self.groups, dtype="int32")[:, None] * np.int32(self.tiles)
-        return xp.add(xp.maximum(before, 0), first)
+        return xp.maximum(before, 0) + self._first(self.tiles, grid)
+
+    def _first(self, size, array):
+        """The first row of each group, where a group has so many: int32 (groups, 1)."""
+        rows = np.arange(self.groups, dtype="int32")[:, None] * np.int32(size)
+        return masks.beside(rows, array)
 
     def _at(self, array, pattern):
         """The entries of an array (groups, all tiles) at the active tiles: (groups, tiles)."""
@@ -359,15 +363,15 @@ class Condensed:
         shape = self.windows, self.num_tiles, self.tile_inputs, self.groups, self.width
         tiles = xp.transpose(xp.reshape(matrix, shape), (3, 1, 0, 2, 4))
         tiles = xp.reshape(tiles, (self.groups * self.num_tiles, -1))
-        first = np.arange(self.groups, dtype="int32")[:, None] * np.int32(self.num_tiles)
-        return self._values_of(xp.take(tiles, xp.reshape(xp.add(pattern, first), (-1,)), axis=0))
+        first = self._first(self.num_tiles, pattern)
+        return self._values_of(xp.take(tiles, xp.reshape(pattern + first, (-1,)), axis=0))
 
     def held(self, pattern):
         if not self.padding:
             return None
         xp = masks.xp_of(pattern)
-        position: Any = np.arange(self.tile_inputs, dtype="int32")
-        inside = xp.add(pattern[:, :, None] * self.tile_inputs, position) < self.inputs
+        position = masks.beside(np.arange(self.tile_inputs, dtype="int32"), pattern)
+        inside = pattern[:, :, None] * self.tile_inputs + position < self.inputs
         shape = self.groups, self.windows, self.tiles, self.tile_inputs
         return xp.reshape(xp.broadcast_to(inside[:, None], shape), (self.groups, -1, 1))
 
@@ -382,8 +386,8 @@ class Condensed:
 
     def _count_of_grid(self, grid):
         xp = masks.xp_of(grid)
-        sizes = self._lengths * np.int32(self._size_of_input)
-        total = xp.sum(xp.multiply(masks.as_int(grid), sizes))
+        sizes = masks.beside(self._lengths * np.int32(self._size_of_input), grid)
+        total = xp.sum(masks.as_int(grid) * sizes)
         return total.astype("int32") if xp is np else total
 
     def num_grown(self, old, new):

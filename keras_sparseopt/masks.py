@@ -36,6 +36,15 @@ def xp_of(array):
     return np if isinstance(array, (np.ndarray, np.generic, int)) else ops
 
 
+def beside(constant, array):
+    """A NumPy constant as operators combine it with an array: a tensor beside a tensor.
+
+    PyTorch does not mix them; and `keras.ops.add` on TensorFlow takes what has the shape (n, 1)
+    beside (n, n) for a bias along the last axis.
+    """
+    return constant if xp_of(array) is np else ops.convert_to_tensor(constant)
+
+
 def as_int(bools):
     return bools.astype("int32") if on_host(bools) else ops.cast(bools, "int32")
 

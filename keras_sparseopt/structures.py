@@ -558,7 +558,7 @@ class Units:
 
     def shared(self, sums):
         """The scores of units, of the sums over them."""
-        return sums if self._shares is None else masks.xp_of(sums).multiply(sums, self._shares)
+        return sums if self._shares is None else sums * masks.beside(self._shares, sums)
 
     def magnitudes(self, values):
         """What stands for each unit: a single weight's value, or the score of magnitudes."""
