@@ -461,7 +461,7 @@ COLORS = {
 }  # fmt: skip
 
 
-def picture(record, seeds, path, sparsity=0.9):
+def picture(record, path, sparsity=0.9):
     """Accuracy over seconds of the trainings that take the dense network's time."""
     import matplotlib
 
@@ -470,7 +470,7 @@ def picture(record, seeds, path, sparsity=0.9):
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
     every = list(rows_to_train(record.content["times"]))
-    tasks = list(dict.fromkeys(row["task"] for row, _, _ in every))
+    tasks = dict.fromkeys(row["task"] for row, longer, _ in every if record.seeds(longer or row))
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.4), squeeze=False)
     for axis, task in zip(axes[0], tasks):
         for row, longer, ms in every:
@@ -486,8 +486,7 @@ def picture(record, seeds, path, sparsity=0.9):
             axis.plot(seconds, accuracy, color=color, label=label, marker="o", markersize=3)
         axis.set(xlabel="seconds of training", ylabel="test accuracy (%)", title=f"{task}, 90 %")
         axis.grid(alpha=0.25)
-        if axis.lines:
-            axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -534,7 +533,7 @@ def main(argv=None):
     record.content["comparisons"] = rows = compare(record, seeds)
     record.write()
     print(*table(rows), sep="\n")
-    picture(record, seeds, record.path.with_suffix(".png"))
+    picture(record, record.path.with_suffix(".png"))
     print(f"→ {record.path}, {record.path.with_suffix('.png')}")
     return record.content
 
