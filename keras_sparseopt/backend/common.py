@@ -36,9 +36,11 @@ def host(x):
     """`x` as a NumPy array, for reading: without a copy where the backend's memory allows."""
     if isinstance(x, np.ndarray):
         return x
-    x = ops.stop_gradient(ops.convert_to_tensor(x))
+    x = ops.convert_to_tensor(x)
     if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
         x = ops.cast(x, "float32")
+    if hasattr(x, "detach"):  # PyTorch's, which may be differentiated, and lie on a GPU
+        return x.detach().cpu().numpy()
     return np.asarray(x)
 
 
