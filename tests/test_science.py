@@ -168,14 +168,14 @@ def test_characters_of_other_pages():
     np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
 
 
-def test_training_time_finds_opponents_and_compares(tmp_path, capsys, monkeypatch):
+def test_training_time_finds_opponents_and_compares(tmp_path, monkeypatch):
     import training_time as tt
 
     assert tt.width_for(3.0, (100, 200), [2.0, 4.0], 16) == 144
     assert tt.width_for(9.0, (100, 200), [2.0, 4.0], 16) == 192
-    monkeypatch.setattr(tt, "WIDTHS", {"text": 64})
+    monkeypatch.setattr(tt, "WIDTHS", {"text": 128})
     monkeypatch.setattr(tt, "SPARSITIES", {"text": (0.9,)})
-    monkeypatch.setattr(tt, "CANDIDATES", {"text": ((16, 32), (64, 128))})
+    monkeypatch.setattr(tt, "CANDIDATES", {"text": ((16, 32), (128, 256))})
     monkeypatch.setattr(tt, "STEPS", {"text": 8})
     monkeypatch.setattr(tt, "BATCH", {"text": 4})
     options = ["--quick", "--output", str(tmp_path)]
@@ -203,10 +203,13 @@ def test_training_time_finds_opponents_and_compares(tmp_path, capsys, monkeypatc
         "points": pytest.approx(-10), "± 95 %": pytest.approx(0, abs=1e-9), "verdict": "loses",
     }  # fmt: skip
     assert found["steps in equal time"] == 16 and found["seconds to reach"] == 0.032
-    content = tt.main([*options, "--seeds", "1", "--only", "1×64 rigl"])
-    assert {len(run["result"]["steps"]) for run in content["runs"]} == {1, 8}
-    assert "1×64 rigl" in capsys.readouterr().out
-    assert (tmp_path / "quick" / "training_time.png").read_bytes().startswith(b"\x89PNG")
+    assert "1×64 rigl" in "\n".join(tt.table(tt.compare(record, {"text": 2})))
+    tt.picture(record, tmp_path / "times.png")
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    result = tt.train(tt.load(["text"], None, True), {**row, "seed": 0})
+    assert result["steps"] == list(range(1, 9)) and len(result["test_accuracy"]) == 8
+    dense = tt.train(tt.load(["text"], None, True), {"task": "text"})
+    assert result["weights"] < dense["weights"] and result["bytes"] < dense["bytes"]
 
 
 # ----------------------------------------------------------------------------------- the skew
