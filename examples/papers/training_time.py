@@ -226,7 +226,8 @@ def train(data, setting):
     setting = completed(setting)
     data = data[setting["task"]]
     each = max(1, round(setting["steps"] / EVALUATIONS))
-    model, methods = prepare(setting, each * EVALUATIONS)
+    steps = each * EVALUATIONS
+    model, methods = prepare(setting, steps, min(UPDATE_EVERY, steps // 4))
     history = model.fit(
         Batches(setting["task"], *data[0], setting["seed"], each), epochs=EVALUATIONS,
         shuffle=False, verbose=0, validation_data=data[1], validation_batch_size=4 * BATCH["text"],
