@@ -428,7 +428,12 @@ def exchange(variable, value, optimizers=()):
     holders = [(o, o._var_key(variable)) for o in optimizers if is_built_with(o, variable)]
     variable._shape, variable._ndim = tuple(value.shape), value.ndim
     variable._layout = None  # of another rank; JAX asks the distribution again
+    old = variable._value
     variable._initialize(variable._convert_to_tensor(value, dtype=variable._dtype))
+    if hasattr(old, "grad"):  # PyTorch: layers list their parameters, by which `zero_grad` goes
+        for parameters in [x for x in gc.get_referrers(old) if isinstance(x, dict)]:
+            for name in [name for name, held in parameters.items() if held is old]:
+                parameters[name] = variable._value
     for optimizer, before in holders:
         now = optimizer._var_key(variable)
         indices = optimizer._trainable_variables_indices

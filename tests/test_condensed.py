@@ -991,3 +991,16 @@ def test_an_exported_model_multiplies_condensed(tmp_path):
     assert {tuple(v.shape) for v in again.variables} >= {tuple(model.layers[0]._kernel.shape)}
     file = kso.export_tflite(model, tmp_path / "m.tflite", inputs=x)
     assert file.largest_difference < 1e-4 and isinstance(model.layers[0], CondensedLayer)
+
+
+@pytest.mark.backend("torch")
+def test_a_condensed_weight_is_a_parameter_of_its_module():
+    """`fit` empties the gradients of parameters only: those of others would add up."""
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(4)])
+    tiles = kso.Block(1, 16, balanced=True)
+    kso.sparsify(model, 0.5, exclude=model.layers[-1], structure=tiles)
+    for change in (kso.condense, kso.uncondense):
+        change(model)
+        assert {id(p) for p in model.parameters()} >= {
+            id(v.value) for v in model.trainable_variables
+        }
