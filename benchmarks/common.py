@@ -11,7 +11,7 @@ import keras
 
 # The benchmarks measure the networks of the examples.
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-from record import facts  # noqa: E402
+from record import bytes_of, facts  # noqa: E402, F401
 
 # For a process whose peak is measured: one malloc arena, freed memory goes back at once.
 LITTLE_SLACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -255,19 +255,9 @@ def made(name, sparsity, tile, jit):
     return model
 
 
-def bytes_of(model):
-    """Bytes of weights, gradients and Adam: trainable weights, twice, and optimizer variables."""
-    import numpy as np
-
-    def size(variables):
-        return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in variables)
-
-    indices = [v for v in model.weights if getattr(v, "is_pattern", False)]
-    return 2 * size(model.trainable_variables) + size(indices) + size(model.optimizer.variables)
-
-
 def time_step(name, batch, sparsity, tile, steps, rounds):
     import keras
+    from common import bytes_of
 
     import keras_sparseopt as kso
 

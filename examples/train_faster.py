@@ -19,7 +19,7 @@ import keras
 import manual
 import numpy as np
 from keras import layers
-from record import facts
+from record import bytes_of, facts
 
 import keras_sparseopt as kso
 
@@ -126,15 +126,6 @@ def mask_of(model):
     """A corner of the mask of the second hidden layer, neurons in rows."""
     topology = kso.sparse_weights(model)[1].topology
     return keras.ops.convert_to_numpy(topology.mask)[:PATCH, :PATCH].T
-
-
-def bytes_of(model):
-    """Of weights, gradients and optimizer."""
-
-    def size(variables):
-        return sum(4 * int(np.prod(variable.shape)) for variable in variables)
-
-    return size(model.weights) + size(model.trainable_weights) + size(model.optimizer.variables)
 
 
 def picture(runs, masks, path):

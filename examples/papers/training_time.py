@@ -27,6 +27,7 @@ at equal time; at equal steps the sparse network has had less time.
 """
 
 import functools
+import math
 import re
 import statistics
 import time
@@ -40,6 +41,7 @@ import numpy as np
 import proxy
 from keras import layers
 from proxy import Record, confidence, full, train_all
+from record import bytes_of
 
 import keras_sparseopt as kso
 
@@ -243,18 +245,10 @@ def train(data, setting):
 
 def sizes(model):
     """Active weights, and bytes of weights, gradients and optimizer."""
-
-    def number(variables):
-        return sum(int(np.prod(v.shape)) for v in variables)
-
-    masked = [w for w in kso.sparse_weights(model) if not w.topology.is_condensed]
-    inactive = sum(w.topology.sparsity * number([w]) for w in masked)
-    trained = number(model.trainable_variables)
-    indices = number(w for w in model.weights if w.dtype == "int32")
-    return {
-        "weights": round(trained - inactive),
-        "bytes": 4 * (2 * trained + indices + number(model.optimizer.variables)),
-    }
+    masked = [w.topology for w in kso.sparse_weights(model) if not w.topology.is_condensed]
+    inactive = sum(t.sparsity * math.prod(t.shape) for t in masked)
+    trained = sum(math.prod(v.shape) for v in model.trainable_variables)
+    return {"weights": round(trained - inactive), "bytes": bytes_of(model)}
 
 
 # -------------------------------------------------------------------------------------- timing
