@@ -31,13 +31,18 @@ def names_of(path):
 
 def test_all_backends_offer_the_same():
     files = PACKAGE / "backend"
-    of_jax = names_of(files / "jax.py")
+    common = {"as_uint32": ["numbers"]}  # PyTorch has its own
+    alone = names_of(files / "without_strategies.py")
+    of_jax = alone | names_of(files / "jax.py") | common
+    of_torch = alone | names_of(files / "torch.py")
     of_tensorflow = names_of(files / "tensorflow.py") | names_of(files / "tensorflow_loop.py")
+    of_tensorflow |= common
     inner = {"trains_with_several_workers", "tf_workers"}
-    for others, own in ((of_tensorflow, inner), (names_of(files / "torch.py"), set())):
+    for others, own in ((of_tensorflow, inner), (of_torch, set())):
         for name, what in of_jax.items():
             assert name == "fit_in_own_loop" or others[name] == what, name
         assert others.keys() - of_jax.keys() == own
+    assert all(hasattr(backend, name) for name in of_jax)  # what is elsewhere is imported
 
 
 def test_no_other_module_asks_which_backend_it_is():

@@ -44,6 +44,13 @@ def host(x):
     return np.asarray(x)
 
 
+def as_uint32(numbers):
+    """Integers modulo 2^32, of a type in which shifts and products are those of uint32."""
+    if isinstance(numbers, (int, list)):
+        numbers = np.array(numbers, "uint32")
+    return ops.cast(numbers, "uint32")
+
+
 def function_of_values(function, variables):
     """A function that reads variables as one of their values, which come first."""
 
@@ -54,23 +61,42 @@ def function_of_values(function, variables):
     return at
 
 
-def gradient_function_by(value_and_gradients, compiled, function, variables, of_norm):
-    """`gradient_function` of a backend, from how it differentiates and compiles."""
+def gradient_function_by(value_and_gradients, compiled):
+    """`gradient_function` of a backend, from how it differentiates and compiles.
 
-    at = function_of_values(function, variables)
+    Args:
+        value_and_gradients: Function of a function and its values → the scalar, its gradients.
+        compiled: Function of a function.
+    """
 
-    def half_squared_norm(values):
-        return sum(ops.sum(ops.square(g)) for g in value_and_gradients(at, values)[1]) / 2
+    def gradient_function(function, variables, of_norm=False):
+        """The gradient of a scalar by some variables, as a function of their values.
 
-    @compiled
-    def gradients(values):
-        return value_and_gradients(half_squared_norm if of_norm else at, values)
+        Args:
+            function: Function without arguments; a scalar. What it assigns is discarded.
+            variables: List of Keras variables.
+            of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
+                of `function`: its gradient is the Hessian times g.
 
-    def on_host(values):
-        value, found = gradients([ops.convert_to_tensor(v) for v in values])
-        return float(host(value)), [host(gradient) for gradient in found]
+        Returns:
+            Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
+        """
+        at = function_of_values(function, variables)
 
-    return on_host
+        def half_squared_norm(values):
+            return sum(ops.sum(ops.square(g)) for g in value_and_gradients(at, values)[1]) / 2
+
+        @compiled
+        def gradients(values):
+            return value_and_gradients(half_squared_norm if of_norm else at, values)
+
+        def on_host(values):
+            value, found = gradients([ops.convert_to_tensor(v) for v in values])
+            return float(host(value)), [host(gradient) for gradient in found]
+
+        return on_host
+
+    return gradient_function
 
 
 # ---------------------------------------------------------------------- where weights multiply

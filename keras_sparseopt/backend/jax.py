@@ -9,14 +9,29 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparseopt import keras_internals
-from keras_sparseopt.backend.common import (
+from keras_sparseopt.backend.common import (  # noqa: F401
     Devices,
     Products,
     Trace,
+    as_uint32,
     example_shape,
     function_of_values,
     gradient_function_by,
+)
+from keras_sparseopt.backend.without_strategies import (  # noqa: F401
+    Tap,
+    check_fit,
+    check_optimizer,
+    check_strategy,
+    colocated_scope,
+    fit_in_own_loop,
+    init_scope,
+    is_initialized,
+    is_single_replica,
+    needs_own_loop,
+    share_statistics,
+    strategy_scope,
+    tensor_of,
 )
 
 STEPS_SHARE_VARIABLES = False
@@ -27,36 +42,9 @@ def is_traced(*arrays):
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
-def init_scope():
-    """Eager execution, also when called while a function is being traced."""
-    return contextlib.nullcontext()
-
-
-def is_initialized(variable):
-    """Whether a variable has a value yet."""
-    return True
-
-
-def is_single_replica():
-    """Whether variables may be made and read here: always, a step is one for all devices."""
-    return True
-
-
-def tensor_of(variable):
-    """The value of a Keras variable."""
-    return variable.value
-
-
 def rows_at(array, indices):
     """The rows of an array at indices that are valid: nothing looks whether they are."""
     return jax.numpy.take(array, indices, axis=0, mode="clip")
-
-
-def as_uint32(numbers):
-    """Integers modulo 2^32, of a type in which shifts and products are those of uint32."""
-    if isinstance(numbers, (int, list)):
-        numbers = np.array(numbers, "uint32")
-    return ops.cast(numbers, "uint32")
 
 
 def are_on_host(variables):
@@ -104,70 +92,16 @@ def compiled(function, donate=()):
     return jax.jit(function, donate_argnums=donate)
 
 
-def gradient_function(function, variables, of_norm=False):
-    """The gradient of a scalar by some variables, as a function of their values.
-
-    Args:
-        function: Function without arguments; a scalar. What it assigns is discarded.
-        variables: List of Keras variables.
-        of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
-            of `function`: its gradient is the Hessian times g.
-
-    Returns:
-        Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
-    """
-
-    def value_and_gradients(function, values):
-        return jax.value_and_grad(function)(values)
-
-    return gradient_function_by(value_and_gradients, compiled, function, variables, of_norm)
+def _value_and_gradients(function, values):
+    return jax.value_and_grad(function)(values)
 
 
-def colocated_scope(value):
-    """The scope in which variables are made that live where `value` does."""
-    return contextlib.nullcontext()
+gradient_function = gradient_function_by(_value_and_gradients, compiled)
 
 
 def summed_over_replicas(gradient):
     """The gradient of the global batch, which a step on JAX is written for."""
     return gradient
-
-
-class Tap:
-    """Memory for one gradient that is only there while it is open, and part of the step's state.
-
-    Args:
-        like: Keras variable, whose gradient is kept.
-        empty_value: Float that fills the memory when it is opened.
-        name: String.
-    """
-
-    # Whether a step that has assigned it should read it, so as not to hold the gradient twice.
-    is_memory_of_the_step = False
-
-    def __init__(self, like, empty_value, name):
-        self._like, self._empty_value, self.name = like, empty_value, name
-        self.shape, self.dtype = tuple(like.shape), like.dtype
-        self.variable: Any = None
-
-    def open(self, shape):
-        self.shape = tuple(shape)
-        is_alike = self.shape == tuple(self._like.shape)
-        self.variable = keras.Variable(
-            keras.initializers.Constant(self._empty_value), shape=self.shape, dtype=self.dtype,
-            trainable=False, name=self.name,
-            layout=keras_internals.layout(self._like) if is_alike else None,
-        )  # fmt: skip
-
-    def close(self):
-        self.variable = None
-
-    def assign(self, gradient):
-        self.variable.assign(gradient)
-
-    def read(self):
-        """The kept gradient: a tensor of the weight's shape, of the global batch."""
-        return ops.convert_to_tensor(self.variable)
 
 
 class Seen:
@@ -256,33 +190,6 @@ def worker_index(model):
     return jax.process_index()
 
 
-def strategy_scope(optimizer):
-    """The scope in which an optimizer's variables are created."""
-    return contextlib.nullcontext()
-
-
-def check_strategy(optimizer):
-    """Refuse strategies, or warn of what they break, when an optimizer is made in their scope."""
-
-
-def check_optimizer(optimizer):
-    """Refuse an optimizer that its strategy cannot train, before anything is built."""
-
-
-def check_fit(model, own_loop):
-    """Refuse what Keras 3 itself cannot train under the model's strategy, before it starts."""
-
-
-def needs_own_loop(model):
-    """Whether Keras' `fit` cannot train under the model's strategy."""
-    return False
-
-
-def fit_in_own_loop(model, data, **settings):
-    """A loop for strategies that Keras' `fit` cannot train under: there is none."""
-    raise NotImplementedError
-
-
 def copies_of_shards(variable):
     """For every part of a variable, its copies on the devices of this process."""
     value = variable.value
@@ -305,10 +212,6 @@ def of_all_workers(digests, optimizer):
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(digests)
-
-
-def share_statistics(model):
-    """Give all replicas the mean of what each has gathered: there is one value for all of them."""
 
 
 # ---------------------------------------------------------------------- where weights multiply

@@ -7,15 +7,14 @@ import warnings
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
-from keras import ops
 
 from keras_sparseopt import keras_internals
-from keras_sparseopt.backend.common import (
+from keras_sparseopt.backend.common import (  # noqa: F401
     Devices,
     Products,
     Trace,
+    as_uint32,
     example_shape,
     function_of_values,
     gradient_function_by,
@@ -65,13 +64,6 @@ def rows_at(array, indices):
     return tf.gather(array, indices)
 
 
-def as_uint32(numbers):
-    """Integers modulo 2^32, of a type in which shifts and products are those of uint32."""
-    if isinstance(numbers, (int, list)):
-        numbers = np.array(numbers, "uint32")
-    return ops.cast(numbers, "uint32")
-
-
 def are_on_host(variables):
     """Whether all the variables lie whole in this process, on CPU devices."""
     return all("CPU" in variable.value.device for variable in variables)
@@ -106,29 +98,16 @@ def compiled(function, donate=()):
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def gradient_function(function, variables, of_norm=False):
-    """The gradient of a scalar by some variables, as a function of their values.
+def _value_and_gradients(function, values):
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        result = function(values)
+    return result, tape.gradient(result, values, unconnected_gradients="zero")
 
-    Args:
-        function: Function without arguments; a scalar. What it assigns is discarded.
-        variables: List of Keras variables.
-        of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
-            of `function`: its gradient is the Hessian times g.
 
-    Returns:
-        Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
-    """
-
-    def value_and_gradients(function, values):
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            result = function(values)
-        return result, tape.gradient(result, values, unconnected_gradients="zero")
-
-    def in_graph(function):
-        return tf.function(function, autograph=False)
-
-    return gradient_function_by(value_and_gradients, in_graph, function, variables, of_norm)
+gradient_function = gradient_function_by(
+    _value_and_gradients, lambda function: tf.function(function, autograph=False)
+)
 
 
 def colocated_scope(value):

@@ -17,6 +17,21 @@ from keras_sparseopt.backend.common import (
     function_of_values,
     gradient_function_by,
 )
+from keras_sparseopt.backend.without_strategies import (  # noqa: F401
+    Tap,
+    check_fit,
+    check_optimizer,
+    check_strategy,
+    colocated_scope,
+    fit_in_own_loop,
+    init_scope,
+    is_initialized,
+    is_single_replica,
+    needs_own_loop,
+    share_statistics,
+    strategy_scope,
+    tensor_of,
+)
 
 STEPS_SHARE_VARIABLES = True
 _inside: list = []  # the functions of `compiled` that run
@@ -27,26 +42,6 @@ def is_traced(*arrays):
     if torch.compiler.is_compiling() or _inside:
         return True
     return any(getattr(array, "is_meta", False) for array in arrays)
-
-
-def init_scope():
-    """Eager execution, also when called while a function is being traced."""
-    return contextlib.nullcontext()
-
-
-def is_initialized(variable):
-    """Whether a variable has a value yet."""
-    return True
-
-
-def is_single_replica():
-    """Whether variables may be made and read here: always, replicas are processes."""
-    return True
-
-
-def tensor_of(variable):
-    """The value of a Keras variable."""
-    return variable.value
 
 
 def rows_at(array, indices):
@@ -109,77 +104,23 @@ def compiled(function, donate=()):
     return run
 
 
-def gradient_function(function, variables, of_norm=False):
-    """The gradient of a scalar by some variables, as a function of their values.
-
-    Args:
-        function: Function without arguments; a scalar. What it assigns is discarded.
-        variables: List of Keras variables.
-        of_norm: Bool, defaults to `False`. `True` for ½‖g‖² as the scalar, g being the gradient
-            of `function`: its gradient is the Hessian times g.
-
-    Returns:
-        Function of a list of arrays, their values → the scalar, and a list of NumPy arrays.
-    """
-
-    def value_and_gradients(function, values):
-        if not any(value.requires_grad for value in values):
-            values = [value.detach().requires_grad_() for value in values]
-        result = function(values)
-        gradients = torch.autograd.grad(
-            result, values, create_graph=of_norm, allow_unused=True, materialize_grads=True
-        )
-        return result, list(gradients)
-
-    def as_it_is(function):
-        return function
-
-    return gradient_function_by(value_and_gradients, as_it_is, function, variables, of_norm)
+def _value_and_gradients(function, values):
+    is_inner = any(value.requires_grad for value in values)  # it is differentiated once more
+    if not is_inner:
+        values = [value.detach().requires_grad_() for value in values]
+    result = function(values)
+    gradients = torch.autograd.grad(
+        result, values, create_graph=is_inner, allow_unused=True, materialize_grads=True
+    )
+    return result, list(gradients)
 
 
-def colocated_scope(value):
-    """The scope in which variables are made that live where `value` does."""
-    return contextlib.nullcontext()
+gradient_function = gradient_function_by(_value_and_gradients, lambda function: function)
 
 
 def summed_over_replicas(gradient):
     """The gradient of the global batch: DistributedDataParallel gives every process the same."""
     return gradient
-
-
-class Tap:
-    """Memory for one gradient that is only there while it is open.
-
-    Args:
-        like: Keras variable, whose gradient is kept.
-        empty_value: Float that fills the memory when it is opened.
-        name: String.
-    """
-
-    # Whether a step that has assigned it should read it, so as not to hold the gradient twice.
-    is_memory_of_the_step = False
-
-    def __init__(self, like, empty_value, name):
-        self._like, self._empty_value, self.name = like, empty_value, name
-        self.shape, self.dtype = tuple(like.shape), like.dtype
-        self.variable: Any = None
-
-    def open(self, shape):
-        self.shape = tuple(shape)
-        self.variable = keras.Variable(
-            keras.initializers.Constant(self._empty_value), shape=self.shape, dtype=self.dtype,
-            trainable=False, name=self.name,
-        )  # fmt: skip
-
-    def close(self):
-        self.variable = None
-
-    def assign(self, gradient):
-        self.variable.assign(gradient)
-
-    def read(self):
-        """The kept gradient: a tensor of the weight's shape, of the global batch."""
-        return self.variable.value.detach()
 
 
 class Seen:
@@ -261,36 +202,7 @@ def resolve(name):
 
 def worker_index(model):
     """Index of this process among those that train `model` together; 0 if it is the only one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
-
-
-def strategy_scope(optimizer):
-    """The scope in which an optimizer's variables are created."""
-    return contextlib.nullcontext()
-
-
-def check_strategy(optimizer):
-    """Refuse strategies, or warn of what they break, when an optimizer is made in their scope."""
-
-
-def check_optimizer(optimizer):
-    """Refuse an optimizer that its strategy cannot train, before anything is built."""
-
-
-def check_fit(model, own_loop):
-    """Refuse what Keras 3 itself cannot train under the model's strategy, before it starts."""
-
-
-def needs_own_loop(model):
-    """Whether Keras' `fit` cannot train under the model's strategy."""
-    return False
-
-
-def fit_in_own_loop(model, data, **settings):
-    """A loop for strategies that Keras' `fit` cannot train under: there is none."""
-    raise NotImplementedError
+    return torch.distributed.get_rank() if num_replicas(model.optimizer) > 1 else 0
 
 
 def copies_of_shards(variable):
@@ -307,10 +219,6 @@ def of_all_workers(digests, optimizer):
     rows = [torch.empty_like(own) for _ in range(number)]
     torch.distributed.all_gather(rows, own)
     return torch.stack(rows).numpy()
-
-
-def share_statistics(model):
-    """Give all replicas the mean of what each has gathered: each process keeps its own."""
 
 
 # ---------------------------------------------------------------------- where weights multiply
