@@ -106,6 +106,7 @@ NOT_ON_TORCH = {
     "*nested_layers_train_as_masked[[]True]": "torch.compile is not tried here yet",
     "*steps_per_execution*": "Keras refuses steps_per_execution there",
     "test_fits_do_not_compile_the_step_again": "nothing is traced there",
+    "test_updates_do_not_trace_the_train_step_again": "nothing is traced there",
 }
 
 

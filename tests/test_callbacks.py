@@ -247,7 +247,6 @@ def test_intervals_are_optimizer_steps_under_accumulation():
 
 
 @BOTH
-@pytest.mark.backend("tensorflow", "jax")
 def test_steps_per_execution(name):
     run = fit(METHODS[name](update_every=4, end_step=100), compile_args={"steps_per_execution": 2})
     plain = fit(METHODS[name](update_every=4, end_step=100))
@@ -355,7 +354,6 @@ def test_a_new_method_is_one_overridden_method():
     assert mask[: mask.sum() // 2].mean() > 0.8
 
 
-@pytest.mark.backend("tensorflow", "jax")
 def test_updates_do_not_trace_the_train_step_again():
     traces = []
 

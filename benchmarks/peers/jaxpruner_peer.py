@@ -16,11 +16,9 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jaxpruner.algorithms import sparse_trainers  # noqa: E402
 from measuring import (  # noqa: E402
-    BATCH,
     DROP_FRACTION,
     HEADS,
     HIDDEN,
-    SEQUENCE,
     SPARSITY,
     UNITS,
     UPDATES,
@@ -72,15 +70,7 @@ NETWORKS = {"resnet20": ResNet20, "bert_tiny": BertTiny, "wide_mlp": WideMLP}
 
 
 def batch(network):
-    rng = np.random.default_rng(0)
-    size = BATCH[network]
-    if network == "resnet20":
-        x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
-    elif network == "wide_mlp":
-        x = rng.normal(size=(size, UNITS)).astype("float32")
-    else:
-        x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
-    return jnp.asarray(x), jnp.asarray(rng.integers(0, 10, size))
+    return tuple(map(jnp.asarray, measuring.batch(network)))
 
 
 def updater_of(algorithm="rigl", every=NEVER, end=NEVER):

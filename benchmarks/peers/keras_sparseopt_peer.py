@@ -54,18 +54,6 @@ def wide_mlp():
 NETWORKS = {"resnet20": resnet20, "bert_tiny": bert_tiny, "wide_mlp": wide_mlp}
 
 
-def batch(network):
-    rng = np.random.default_rng(0)
-    size = BATCH[network]
-    if network == "resnet20":
-        x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
-    elif network == "wide_mlp":
-        x = rng.normal(size=(size, UNITS)).astype("float32")
-    else:
-        x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
-    return x, rng.integers(0, 10, size)
-
-
 def compiled(model, optimizer):
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
@@ -120,7 +108,7 @@ class Ours(measuring.Peer):
         }  # fmt: skip
 
     def steps(self, network):
-        x, y = batch(network)
+        x, y = measuring.batch(network)
         make_sparse = condensed if network == "wide_mlp" else sparse
         dense, masked = compiled(NETWORKS[network](), sgd()), make_sparse(NETWORKS[network]())
         masked.optimizer.build(masked.trainable_variables)
@@ -148,7 +136,7 @@ class Ours(measuring.Peer):
         return rigl.update_masks, "RigL: drop and grow, weights and slots too"
 
     def counts(self):
-        x, y = batch("resnet20")
+        x, y = measuring.batch("resnet20")
         model = sparse(resnet20())
         before = counts_of(model)
         x, y = (np.concatenate([part] * (2 * UPDATES + 1)) for part in (x, y))

@@ -14,10 +14,23 @@ SPARSITY = 0.9
 BATCH = {"resnet20": 128, "bert_tiny": 32, "wide_mlp": 128}
 SEQUENCE, VOCABULARY, WIDTH, HEADS = 64, 8192, 128, 2
 UNITS, HIDDEN = 1024, 4  # of wide_mlp
+IMAGE = (32, 32, 3)
 ONE_KERNEL = [(3, 3, 512, 512)]  # (height, width, in, out): 2.36 M weights
 DROP_FRACTION = 0.3
 UPDATES = 50
 CRASH = {"steps": 20, "update_every": 5, "killed_at": 12}
+
+
+def batch(network, image=IMAGE):
+    """Inputs and targets of a training step: NumPy arrays."""
+    rng = np.random.default_rng(0)
+    size = BATCH[network]
+    if network == "bert_tiny":
+        x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
+    else:
+        shape = image if network == "resnet20" else (UNITS,)
+        x = rng.normal(size=(size, *shape)).astype("float32")
+    return x, rng.integers(0, 10, size)
 
 
 def resnet50_kernels():

@@ -10,7 +10,6 @@ import tensorflow as tf  # noqa: E402
 import tensorflow_model_optimization as tfmot  # noqa: E402
 import tf_keras  # noqa: E402
 from measuring import (  # noqa: E402
-    BATCH,
     HEADS,
     HIDDEN,
     SEQUENCE,
@@ -67,15 +66,7 @@ NETWORKS = {"resnet20": resnet20, "bert_tiny": bert_tiny, "wide_mlp": wide_mlp}
 
 
 def batch(network):
-    rng = np.random.default_rng(0)
-    size = BATCH[network]
-    if network == "resnet20":
-        x = rng.normal(size=(size, 32, 32, 3)).astype("float32")
-    elif network == "wide_mlp":
-        x = rng.normal(size=(size, UNITS)).astype("float32")
-    else:
-        x = rng.integers(0, VOCABULARY, (size, SEQUENCE))
-    return tf.constant(x), tf.constant(rng.integers(0, 10, size))
+    return tuple(map(tf.constant, measuring.batch(network)))
 
 
 def compiled(model):

@@ -3,7 +3,7 @@
 import measuring
 import numpy as np
 import torch
-from measuring import BATCH, HEADS, HIDDEN, SEQUENCE, UNITS, VOCABULARY, WIDTH
+from measuring import HEADS, HIDDEN, UNITS, VOCABULARY, WIDTH
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,16 +61,8 @@ def wide_mlp():
 NETWORKS = {"resnet20": resnet20, "bert_tiny": BertTiny, "wide_mlp": wide_mlp}
 
 
-def batch(network, seed=0):
-    rng = np.random.default_rng(seed)
-    size = BATCH[network]
-    if network == "resnet20":
-        x = torch.tensor(rng.normal(size=(size, 3, 32, 32)).astype("float32"))
-    elif network == "wide_mlp":
-        x = torch.tensor(rng.normal(size=(size, UNITS)).astype("float32"))
-    else:
-        x = torch.tensor(rng.integers(0, VOCABULARY, (size, SEQUENCE)))
-    return x, torch.tensor(rng.integers(0, 10, size))
+def batch(network):
+    return tuple(map(torch.tensor, measuring.batch(network, image=(3, 32, 32))))
 
 
 def sgd(model):

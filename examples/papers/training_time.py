@@ -488,8 +488,7 @@ def picture(record, path, sparsity=0.9):
 
 
 def main(argv=None):
-    parser = arguments(__doc__, seeds=0, quick="few steps; into quick/", jobs=True)
-    parser.set_defaults(seeds=None)
+    parser = arguments(__doc__, seeds=None, quick="few steps; into quick/", jobs=True)
     parser.add_argument("--time", action="store_true", help="measure the steps instead of training")
     parser.add_argument("--only", default="", help="regular expression: as '^text 0.9 1×64 rigl'")
     args = parser.parse_args(argv)

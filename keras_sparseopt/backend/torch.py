@@ -193,9 +193,8 @@ def resolve(name):
     """`Devices` of a name."""
     if name != "one":
         raise ValueError(
-            f"'{name}' needs KERAS_BACKEND=tensorflow or jax; on the torch backend several "
-            "processes train in a loop of their own under DistributedDataParallel. "
-            f"Received: name={name!r}"
+            f"'{name}' needs KERAS_BACKEND=tensorflow or jax; training on several devices has not "
+            f"been tried on the torch backend. Received: name={name!r}"
         )
     return Devices(name, None, 1, 0, 1)
 
