@@ -993,6 +993,19 @@ def test_an_exported_model_multiplies_condensed(tmp_path):
     assert file.largest_difference < 1e-4 and isinstance(model.layers[0], CondensedLayer)
 
 
+def test_batch_by_batch_it_trains_as_masked():
+    x, y = np.random.default_rng(0).normal(size=(2, 3, 8, 64)).astype("float32")
+    losses = []
+    for form in (kso.condense, lambda model: model):
+        keras.utils.set_random_seed(0)
+        layers = [keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(64)]
+        model = keras.Sequential(layers)
+        form(kso.sparsify(model, 0.5, structure=kso.Block(1, 16, balanced=True)))
+        model.compile(kso.SparseOpt("adam"), "mse")
+        losses.append([float(model.train_on_batch(*batch)) for batch in zip(x, y)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
 @pytest.mark.backend("torch")
 def test_a_condensed_weight_is_a_parameter_of_its_module():
     """`fit` empties the gradients of parameters only: those of others would add up."""

@@ -399,8 +399,9 @@ class Topology:
         """
         if self.is_moving or backend.is_traced(value) or keras_internals.in_stateless_scope():
             return None
-        if any(map(keras_internals.is_absent, (self.pattern, self.variable))):
-            return None  # JAX's `fit` brings its state back
+        counters = [keras_internals.step_count(o.base_optimizer()) for o in self.optimizers]
+        if any(map(keras_internals.is_absent, (self.pattern, self.variable, *counters))):
+            return None  # JAX brings its state back, one variable after the other
         if variable is self.pattern:
             return self._before_pattern(value)
         if self.is_condensed or not self.is_attached:
