@@ -296,6 +296,18 @@ def test_no_mask_is_computed_from_a_gradient_that_is_not_finite(capsys):
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("callback", [kso.RigL(3, 0.5, end_step=100), kso.GradientFlow(3)])
+def test_a_model_that_lets_no_gradient_through_is_told(callback):
+    inner = mlp()
+    inputs = keras.Input((12,))
+    model = compiled(keras.Model(inputs, 0 * inner(inputs)), sgd())
+    before = masks_of(model)
+    x, y = data(12)
+    with pytest.warns(UserWarning, match="step 3: the dense gradients of all its weights are 0"):
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+    assert all(np.array_equal(a, b) for a, b in zip(before, masks_of(model)))
+
+
 @BOTH
 def test_no_mask_is_computed_from_weights_that_are_not_finite(name, capsys):
     model = compiled(mlp(), sgd())

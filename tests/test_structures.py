@@ -279,20 +279,24 @@ def test_n_m_exchanges_within_groups_by_hand():
 
 
 def network(structures, dense=False, more=False, seed=0):
-    """For each structure a dense layer and a convolution; with `more`, attention and an LSTM."""
+    """For each structure a dense layer and a convolution; with `more`, attention and an LSTM.
+
+    Side by side: one after the other, the gradient would end where one of them gives zeros.
+    """
     keras.utils.set_random_seed(1)
     inputs = keras.Input((12,))
-    x, rules, sparsities = inputs, {}, {}
+    outputs, rules, sparsities = [], {}, {}
     for i, structure in enumerate(structures):
-        x = layers.Reshape((2, 2, 3))(layers.Dense(12, name=f"s{i}_dense")(x))
+        x = layers.Reshape((2, 2, 3))(layers.Dense(12, name=f"s{i}_dense")(inputs))
         x = layers.BatchNormalization()(layers.Conv2D(6, 2, name=f"s{i}_convolution")(x))
-        x = layers.Flatten()(layers.ReLU()(x))
+        outputs.append(layers.Flatten()(layers.ReLU()(x)))
         rules[f"s{i}_*"] = structure
         sparsities[f"s{i}_*"] = 0.0 if dense else own_sparsity(structure)
     if more:
-        x = layers.Reshape((2, 3))(x)
+        x = layers.Reshape((2, 3))(outputs[0])
         x = layers.MultiHeadAttention(2, 4, name="s1_attention")(x, x)
-        x = layers.LSTM(5, name="s3_lstm")(x)
+        outputs.append(layers.LSTM(5, name="s3_lstm")(x))
+    x = layers.Concatenate()(outputs) if len(outputs) > 1 else outputs[0]
     model = keras.Model(inputs, layers.Dense(3, name="head")(x))
     kso.sparsify(model, None, sparsities, structure=rules, seed=seed)
     optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9))

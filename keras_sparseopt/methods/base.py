@@ -26,10 +26,6 @@ from keras_sparseopt.methods.steps import StepCallback
 from keras_sparseopt.optimizers import moving
 from keras_sparseopt.typing import Array, DropFraction, DropSchedule, GrowthValues, Redistribution
 
-NO_GRADIENT = (
-    "No dense gradient has arrived: the train step was compiled before `begin`, which then "
-    "returned True. Make the train step again after it."
-)
 # What a callback is beside its arguments: compiled updates do not depend on it.
 _NO_ARGUMENTS = {
     "params", "optimizer", "optimizer_name", "layers", "_model", "_run", "_when",
@@ -369,7 +365,8 @@ class DynamicSparseTraining(StepCallback):
             return
         facts = moving.inspect(weights, self.gradient_of)
         if not any(fact["has_gradient"] for fact in facts.values()):
-            raise ValueError(NO_GRADIENT)
+            self.no_gradient(any(fact["gradient_is_written"] for fact in facts.values()))
+            return
         # A layer that no loss depends on has no gradient; its topology stays.
         weights = [weight for weight in weights if facts[weight.index]["has_gradient"]]
         for what in ("gradient", "weight"):

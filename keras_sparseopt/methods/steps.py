@@ -174,6 +174,20 @@ class StepCallback(keras.callbacks.Callback):
         lease = self._run.lease
         return None if lease is None else lease.gradient(weight.variable)
 
+    def no_gradient(self, are_written: bool) -> None:
+        """No weight has a dense gradient that is not 0: an error, if no step has written one."""
+        if not are_written:
+            raise ValueError(
+                "No dense gradient has arrived: the train step was compiled before `begin`, which "
+                "then returned True. Make the train step again after it."
+            )
+        warnings.warn(
+            f"{type(self).__name__} does nothing at step {self.current_step}: the dense gradients "
+            "of all its weights are 0. No loss depends on them, or a layer gives 0 for all inputs "
+            "and lets no gradient through.",
+            stacklevel=2,
+        )
+
     # ------------------------------------------------------------------ any training loop
 
     def begin(self, optimizer: Any, total_steps: float | None = None) -> bool:

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import Tap, host, num_replicas
-from keras_sparseopt.optimizers.moving import UNWRITTEN
+from keras_sparseopt.optimizers.moving import UNWRITTEN, is_written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Lease:
         """
         weight = self._optimizer.weight_of(variable)
         found, own = (taps.get(self.averaging) for taps in (weight.taps, weight.own_taps))
-        if own is None or not bool(host(ops.any(found.read() != UNWRITTEN))):
+        if own is None or not bool(host(is_written(found.read()))):
             return found.read()
         # What a regularizer adds is in the gradient that the optimizer gets, not in the layer's.
         pattern = ops.convert_to_tensor(weight.topology.pattern)

@@ -373,8 +373,8 @@ def inspect(weights, gradient_of=lambda weight: None):
 
     Returns:
         Dict from index to a dict: `active` (int), `weight_is_finite`, `gradient_is_finite`,
-        `has_gradient` (bools). A gradient that is 0 throughout is none: JAX gives that to what
-        no loss depends on, where TensorFlow gives nothing.
+        `gradient_is_written`, `has_gradient` (bools). A gradient that is 0 throughout is none:
+        JAX gives that to what no loss depends on, where TensorFlow gives nothing.
     """
     found = {}
     for weight in weights:
@@ -384,7 +384,7 @@ def inspect(weights, gradient_of=lambda weight: None):
         else:
             facts = _compiled_facts(ops.convert_to_tensor(weight.variable), gradient)
         found[weight.index] = {"active": weight.topology.num_active(), **facts}
-    always = {"gradient_is_finite": True, "has_gradient": True}
+    always = {"gradient_is_finite": True, "gradient_is_written": True, "has_gradient": True}
     return {
         index: {**always, **{name: np.asarray(value).item() for name, value in facts.items()}}
         for index, facts in found.items()
@@ -402,11 +402,18 @@ def is_gradient(gradient):
     return xp.any(is_something)
 
 
+def is_written(gradient):
+    """Whether a step has written a kept gradient, be it 0 throughout: a bool or a tensor."""
+    xp = masks.xp_of(gradient)
+    return xp.any(xp.not_equal(gradient, UNWRITTEN))
+
+
 def _facts_on_host(weight, gradient):
     facts = {"weight_is_finite": _is_finite(weight)}
     if gradient is not None:
         gradient = host(gradient)
         facts["gradient_is_finite"] = _is_finite(gradient)
+        facts["gradient_is_written"] = is_written(gradient)
         facts["has_gradient"] = is_gradient(gradient)
     return facts
 
@@ -425,5 +432,6 @@ def _compiled_facts(weight, gradient):
     facts = {"weight_is_finite": ops.all(ops.isfinite(weight))}
     if gradient is not None:
         facts["gradient_is_finite"] = ops.all(ops.isfinite(gradient))
+        facts["gradient_is_written"] = is_written(gradient)
         facts["has_gradient"] = is_gradient(gradient)
     return facts
