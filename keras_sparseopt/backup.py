@@ -13,7 +13,14 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import keras_internals
-from keras_sparseopt.backend import check_fit, of_all_workers, share_statistics, worker_index
+from keras_sparseopt.backend import (
+    check_fit,
+    generator_states,
+    of_all_workers,
+    set_generator_states,
+    share_statistics,
+    worker_index,
+)
 from keras_sparseopt.devices import build_optimizer, optimizers_of
 from keras_sparseopt.files import read_whole, write_whole
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
@@ -32,7 +39,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     A process killed at any moment and started again ends exactly where the uninterrupted one
     would have: weights, masks, optimizer slots, step count, Batch Normalization statistics, random
-    generators of layers, and `History`. What `keras.callbacks.BackupAndRestore` lacks for that:
+    generators of layers (on PyTorch its own, too), and `History`. What `keras.callbacks.BackupAndRestore` lacks for that:
     the file is never half written, the epoch is in the same file as the weights, history and the
     generators of Dropout are part of it, damage is noticed, and the last backup stays when
     training ends, so that a command run once more has nothing left to do.
@@ -199,6 +206,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 tap.assign(value)
         for optimizer in self._sparse_opts():
             optimizer.settle()
+        set_generator_states([bytes.fromhex(state) for state in backup["generators"]])
         self._history = {int(epoch): logs for epoch, logs in backup["history"].items()}
         keras_internals.set_initial_epoch(self.model, backup["epochs"])
 
@@ -212,6 +220,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             "history": self._history,
             "variables": self._signature(self._variables()),
             "carried": self._signature(self._carried()),
+            "generators": [state.hex() for state in generator_states()],
         }
         arrays = {f"{i:05d}": _to_bytes(value) for i, value in enumerate(state)}
         about = np.array(json.dumps(about))

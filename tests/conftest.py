@@ -105,6 +105,8 @@ NOT_ON_TORCH = {
     "*XLA*": "no XLA there, and torch.compile is not tried here yet",
     "*nested_layers_train_as_masked[[]True]": "torch.compile is not tried here yet",
     "*steps_per_execution*": "Keras refuses steps_per_execution there",
+    "*[[]steps of an epoch]": "Keras refuses steps_per_execution there",
+    "*[[]neuron_sparsity unbuilt]": "modules put their own words in place of an AttributeError's",
     "test_fits_do_not_compile_the_step_again": "nothing is traced there",
     "test_updates_do_not_trace_the_train_step_again": "nothing is traced there",
 }

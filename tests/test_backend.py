@@ -31,7 +31,10 @@ def names_of(path):
 
 def test_all_backends_offer_the_same():
     files = PACKAGE / "backend"
-    common = {"as_uint32": ["numbers"]}  # PyTorch has its own
+    # PyTorch has its own.
+    common = {
+        "as_uint32": ["numbers"], "generator_states": [], "set_generator_states": ["states"],
+    }  # fmt: skip
     alone = names_of(files / "without_strategies.py")
     of_jax = alone | names_of(files / "jax.py") | common
     of_torch = alone | names_of(files / "torch.py")

@@ -51,6 +51,15 @@ def as_uint32(numbers):
     return ops.cast(numbers, "uint32")
 
 
+def generator_states():
+    """States of random generators that a training draws from and no layer holds: list of bytes."""
+    return []
+
+
+def set_generator_states(states):
+    """Bring back what `generator_states` gave."""
+
+
 def function_of_values(function, variables):
     """A function that reads variables as one of their values, which come first."""
 

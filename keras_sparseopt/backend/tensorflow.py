@@ -17,7 +17,9 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     as_uint32,
     example_shape,
     function_of_values,
+    generator_states,
     gradient_function_by,
+    set_generator_states,
 )
 from keras_sparseopt.backend.tensorflow_loop import (
     copies_of_shards,

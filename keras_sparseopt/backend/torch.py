@@ -186,6 +186,23 @@ def num_replicas(optimizer):
     return 1
 
 
+def generator_states():
+    """States of random generators that a training draws from and no layer holds: list of bytes."""
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [state.numpy().tobytes() for state in states]
+
+
+def set_generator_states(states):
+    """Bring back what `generator_states` gave, as far as the same devices are there."""
+    restore = [torch.set_rng_state]  # on another backend there are no states
+    restore += [
+        functools.partial(torch.cuda.set_rng_state, device=i)
+        for i in range(torch.cuda.device_count())
+    ]
+    for assign, state in zip(restore, states):
+        assign(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
 # ---------------------------------------------------------------------- several devices
 
 
