@@ -39,10 +39,11 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     A process killed at any moment and started again ends exactly where the uninterrupted one
     would have: weights, masks, optimizer slots, step count, Batch Normalization statistics, random
-    generators of layers (on PyTorch its own, too), and `History`. What `keras.callbacks.BackupAndRestore` lacks for that:
-    the file is never half written, the epoch is in the same file as the weights, history and the
-    generators of Dropout are part of it, damage is noticed, and the last backup stays when
-    training ends, so that a command run once more has nothing left to do.
+    generators of layers (on PyTorch its own, too), and `History`. What
+    `keras.callbacks.BackupAndRestore` lacks for that: the file is never half written, the epoch is
+    in the same file as the weights, history and the generators of Dropout are part of it, damage is
+    noticed, and the last backup stays when training ends, so that a command run once more has
+    nothing left to do.
 
     The order of the data is yours: it must depend on (seed, epoch) only. `initial_epoch` is the
     epoch that training will go on with, so that a data set can start there.

@@ -277,7 +277,9 @@ def products_of(call, inputs, variables):
         with torch.no_grad():
             return keras.tree.flatten(function_of_values(call, variables)(values, given))
 
-    graph = make_fx(function, tracing_mode="fake")(values, arrays).graph
+    # Other weights are used, too, as they are.
+    trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
+    graph = trace(values, arrays).graph
     origins = [[Trace.of(i, len(v.shape))] for i, v in enumerate(variables)]
     given = iter([*origins, *["data"] * len(arrays)])
     known: dict = {}

@@ -404,7 +404,7 @@ class Topology:
             return None  # JAX brings its state back, one variable after the other
         if variable is self.pattern:
             return self._before_pattern(value)
-        if self.is_condensed or not self.is_attached:
+        if self.is_condensed or not self.is_attached or self.variable.constraint.has_given(value):
             return None
         self.weights_came |= self.is_open
         if self.is_open:
@@ -520,6 +520,7 @@ class KeepZeros(keras.constraints.Constraint):
     def __init__(self, topology, constraint=None):
         self.topology = topology
         self.constraint = constraint
+        self._result: Any = None  # refers to what it has returned last
 
     def __call__(self, w):
         w = ops.convert_to_tensor(w)
@@ -527,9 +528,15 @@ class KeepZeros(keras.constraints.Constraint):
             w = self.constraint(w)
         if self.topology.is_moving or self.topology.is_condensed:
             return w
-        mask = self.topology.mask
-        self.topology.is_compiled_in |= not backend.STEPS_SHARE_VARIABLES and backend.is_traced(w)
-        return masks.masked(w, ops.convert_to_tensor(mask))
+        mask, is_traced = self.topology.mask, backend.is_traced(w)
+        self.topology.is_compiled_in |= not backend.STEPS_SHARE_VARIABLES and is_traced
+        w = masks.masked(w, ops.convert_to_tensor(mask))
+        self._result = None if is_traced else weakref.ref(w)
+        return w
+
+    def has_given(self, value):
+        """Whether `value` is its own last result, which Keras assigns to the weight."""
+        return self._result is not None and self._result() is value
 
     def get_config(self):
         raise ValueError("KeepZeros belongs to a weight with a mask, and is not saved.")
