@@ -131,7 +131,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             )
         check_fit(model, own_loop=self.params.get("own_loop", False))
         self._check_writable()
-        self._history, self._history_restored = {}, False
+        self._history, self._history_restored, self._generators = {}, False, []
         # Keras never takes back what a callback has set.
         keras_internals.set_initial_epoch(model, None)
         backup = self._newest(check=True)
@@ -150,9 +150,16 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._restore_history()
 
+    def on_train_batch_begin(self, batch, logs=None):
+        # Iterators of data draw, too, and not at the same time in a training that goes on: what
+        # they drew since the end of the last epoch does not count in either.
+        set_generator_states(self._generators)
+        self._generators = []
+
     def on_epoch_end(self, epoch, logs=None):
         self._history[epoch] = _numbers(logs or {})
         share_statistics(self.model)  # on JAX `self.model` brings the state into the variables
+        self._generators = generator_states()
         state = [ops.convert_to_numpy(variable) for variable in self._variables()]
         state += [ops.convert_to_numpy(tap.read()) for tap in self._carried()]
         if worker_index(self.model) == 0:
@@ -207,7 +214,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 tap.assign(value)
         for optimizer in self._sparse_opts():
             optimizer.settle()
-        set_generator_states([bytes.fromhex(state) for state in backup["generators"]])
+        self._generators = [bytes.fromhex(state) for state in backup["generators"]]
         self._history = {int(epoch): logs for epoch, logs in backup["history"].items()}
         keras_internals.set_initial_epoch(self.model, backup["epochs"])
 
@@ -221,7 +228,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             "history": self._history,
             "variables": self._signature(self._variables()),
             "carried": self._signature(self._carried()),
-            "generators": [state.hex() for state in generator_states()],
+            "generators": [state.hex() for state in self._generators],
         }
         arrays = {f"{i:05d}": _to_bytes(value) for i, value in enumerate(state)}
         about = np.array(json.dumps(about))

@@ -280,6 +280,29 @@ def test_killed_trainings_come_back_exactly(tmp_path):
     """SIGKILL while writing, in a mask update, and at a random moment."""
     backend = keras.backend.backend()
     # The benchmark runs all combinations; its record is in results/.
-    strategy, method = {"tensorflow": ("one", "rigl"), "jax": ("mirrored", "set")}[backend]
+    runs = {"tensorflow": ("one", "rigl"), "jax": ("mirrored", "set"), "torch": ("one", "set")}
+    strategy, method = runs[backend]
     row = disturbed(backend, strategy, method, tmp_path, randomly=1, seed=0)
     assert row["came back exactly"] == row["kills"] >= 2
+
+
+@pytest.mark.backend("torch")
+def test_data_is_shuffled_anew_in_every_epoch(tmp_path):
+    """Its order draws from the generator that a backup holds."""
+    orders = []
+
+    class Look(keras.layers.Layer):
+        def call(self, x, training=False):
+            if training:
+                orders.extend(array(x)[:, 0].tolist())
+            return x
+
+    model = keras.Sequential([keras.Input((1,)), Look(), kso.SparseDense(4, sparsity=0.5)])
+    compiled(model, kso.SparseOpt("sgd"))
+    x = np.arange(24, dtype="float32")[:, None]
+    model.fit(
+        x, np.zeros(24), batch_size=24, epochs=3, verbose=0,
+        callbacks=[kso.BackupAndRestore(tmp_path)],
+    )  # fmt: skip
+    epochs = {tuple(orders[i : i + 24]) for i in range(0, len(orders), 24)}
+    assert len(orders) == 72 and len(epochs) == 3

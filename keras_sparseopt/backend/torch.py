@@ -193,14 +193,19 @@ def generator_states():
 
 
 def set_generator_states(states):
-    """Bring back what `generator_states` gave, as far as the same devices are there."""
-    restore = [torch.set_rng_state]  # on another backend there are no states
+    """Bring back what `generator_states` gave, one draw later, as far as the devices are there.
+
+    Later, so that what draws before (the seed of a `DataLoader`) does not draw the same each time.
+    """
+    restore = [torch.set_rng_state]
     restore += [
         functools.partial(torch.cuda.set_rng_state, device=i)
         for i in range(torch.cuda.device_count())
     ]
     for assign, state in zip(restore, states):
         assign(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    if states:  # on other backends there are none
+        torch.rand(1)
 
 
 # ---------------------------------------------------------------------- several devices
