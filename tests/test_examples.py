@@ -27,6 +27,7 @@ def test_digits(tmp_path, capsys):
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.backend("tensorflow")  # as `make demo` runs it
 def test_train_faster(tmp_path, capsys):
     import train_faster
 
@@ -230,6 +231,7 @@ def test_gradient_norms_reads_mnist():
     )
 
 
+@pytest.mark.backend("tensorflow")  # no part of it is of a backend
 def test_gradient_norms(tmp_path, capsys):
     """Batch Normalization amplifies as the theory says; without one the gradient does not grow."""
     import gradient_norms

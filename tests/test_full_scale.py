@@ -56,8 +56,8 @@ def test_images_on_the_device_by_hand(full_scale):
     assert again.compute_output_shape((20,)) == seen.shape
 
 
-@pytest.mark.parametrize("method", ["rigl", "set"])
-def test_a_stopped_training_goes_on_with_the_same_bits(full_scale, tmp_path, monkeypatch, method):
+def test_a_stopped_training_goes_on_with_the_same_bits(full_scale, tmp_path, monkeypatch):
+    method = {"tensorflow": "rigl", "jax": "set"}[keras.backend.backend()]
     setting = {**QUICK, "method": method, "exponent": 0.5}
     data = full_scale.made_up()
     whole = full_scale.train(data, setting, tmp_path / "whole")
@@ -131,6 +131,7 @@ def test_workers_end_with_their_command(tmp_path):
             time.sleep(0.1)
 
 
+@pytest.mark.backend("tensorflow")  # its train step has just been tested on both
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_experiments_at_full_scale(full_scale, tmp_path, capsys):
     """Run, resumed, merged: nothing is trained twice, and the time is known before."""

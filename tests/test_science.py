@@ -175,17 +175,26 @@ def test_training_time_finds_opponents_and_compares(tmp_path, monkeypatch):
     assert tt.width_for(9.0, (100, 200), [2.0, 4.0], 16) == 192
     monkeypatch.setattr(tt, "WIDTHS", {"text": 128})
     monkeypatch.setattr(tt, "SPARSITIES", {"text": (0.9,)})
-    monkeypatch.setattr(tt, "CANDIDATES", {"text": ((16, 32), (128, 256))})
+    monkeypatch.setattr(tt, "CANDIDATES", {"text": ((32, 96), (128, 320))})
     monkeypatch.setattr(tt, "STEPS", {"text": 8})
     monkeypatch.setattr(tt, "BATCH", {"text": 4})
+    data = tt.load(["text"], None, True)
+    (ms,) = tt.step_times([{"task": "text", "tile": (1, 64)}], data, 3, 1)
+    assert 0 < ms < 1000
+
+    def invented(settings, data, steps, rounds):
+        """Dense: a millisecond for 16 units; tiles: for 32; unstructured: for 8."""
+        per = {None: 16, "unstructured": 8}
+        return [s.get("width", 128) / per.get(s.get("tile"), 32) for s in settings]
+
+    monkeypatch.setattr(tt, "step_times", invented)
     options = ["--quick", "--output", str(tmp_path)]
     times = tt.main([*options, "--time"])["times"]
-    assert [tt.kind(row) for row in times] == [
-        "dense", "unstructured rigl", "1×64 rigl", "8×64 rigl", "64×64 rigl", "narrow",
-        "wide 1×64 rigl",
+    assert [(tt.kind(row), row["ms"]) for row in times] == [
+        ("dense", 8), ("unstructured rigl", 16), ("1×64 rigl", 4), ("8×64 rigl", 4),
+        ("64×64 rigl", 4), ("narrow", 4), ("wide 1×64 rigl", 8),
     ]  # fmt: skip
-    for row, ms in zip(times, (8, 16, 4, 4, 4, 4, 8)):
-        row["ms"] = float(ms)
+    assert times[-2]["width"] == 64 and times[-1]["width"] == 256
     row, longer, _ = next(x for x in tt.rows_to_train(times) if tt.kind(x[0]) == "1×64 rigl")
     assert longer == {**row, "steps": 16}
     record = tt.Record(tmp_path / "by_hand.json", "", tt.DEFAULTS)
@@ -206,9 +215,10 @@ def test_training_time_finds_opponents_and_compares(tmp_path, monkeypatch):
     assert "1×64 rigl" in "\n".join(tt.table(tt.compare(record, {"text": 2})))
     tt.picture(record, tmp_path / "times.png")
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
-    result = tt.train(tt.load(["text"], None, True), {**row, "seed": 0})
+    result = tt.train(data, {**row, "seed": 0})
     assert result["steps"] == list(range(1, 9)) and len(result["test_accuracy"]) == 8
-    dense = tt.train(tt.load(["text"], None, True), {"task": "text"})
+    model, _ = tt.prepare(tt.completed({"task": "text"}), 8)
+    dense = tt.sizes(model)
     assert result["weights"] < dense["weights"] and result["bytes"] < dense["bytes"]
 
 
