@@ -340,7 +340,7 @@ def told_class(variable_class: Any) -> Any:
 
         @property
         def trainable(self):
-            return super().trainable
+            return variable_class.trainable.fget(self)
 
         @trainable.setter
         def trainable(self, value):

@@ -371,6 +371,7 @@ def test_layers_sparse_by_construction_move_compiled_as_well():
     assert all(np.array_equal(a, b) for a, b in zip(run(False), run(True)))
 
 
+@pytest.mark.backend("tensorflow", "jax")  # nothing is compiled on PyTorch
 def test_updates_are_compiled_once_for_all_fits(monkeypatch):
     traced = []
     original = masks.drop_and_grow

@@ -51,6 +51,11 @@ def as_uint32(numbers):
     return ops.cast(numbers, "uint32")
 
 
+def not_compiled(function):
+    """The function, left out of what `torch.compile` makes of the step around it."""
+    return function
+
+
 def generator_states():
     """States of random generators that a training draws from and no layer holds: list of bytes."""
     return []

@@ -18,6 +18,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     function_of_values,
     generator_states,
     gradient_function_by,
+    not_compiled,
     set_generator_states,
 )
 from keras_sparseopt.backend.without_strategies import (  # noqa: F401

@@ -19,6 +19,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     function_of_values,
     generator_states,
     gradient_function_by,
+    not_compiled,
     set_generator_states,
 )
 from keras_sparseopt.backend.tensorflow_loop import (

@@ -115,6 +115,8 @@ def _value_and_gradients(function, values):
     return result, list(gradients)
 
 
+not_compiled = torch.compiler.disable
+
 gradient_function = gradient_function_by(_value_and_gradients, lambda function: function)
 
 

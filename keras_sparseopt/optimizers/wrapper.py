@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_sparseopt import keras_internals
+from keras_sparseopt import backend, keras_internals
 
 
 class WrapperOptimizer(keras.optimizers.Optimizer):
@@ -67,6 +67,7 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer.build(variables)
         super().build(variables)
 
+    @backend.not_compiled
     def apply(self, grads, trainable_variables=None):
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
