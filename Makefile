@@ -98,7 +98,7 @@ $(VENV)/.demo: $(VENV)/bin/python setup.cfg
 
 $(VENV)/.test: $(VENV)/bin/python setup.cfg
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,jax,examples,test]"
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TORCH) onnx onnxscript onnxruntime
 	$(BIN)/python -m pip install --quiet --no-deps $(KERAS_HUB)
 	touch $@
 

@@ -55,6 +55,11 @@ def workers(count):
         if keras.backend.backend() == "tensorflow":
             task = {"type": "worker", "index": index}
             yield {"TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})}
+        elif keras.backend.backend() == "torch":
+            yield {
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]),
+                "WORLD_SIZE": str(count), "RANK": str(index),
+            }  # fmt: skip
         else:
             yield {
                 "KERAS_DISTRIBUTION_JOB_ADDRESSES": addresses[0],
@@ -74,6 +79,7 @@ def test_zeros_hold_with_replicas():
     finish(start("replicas.py"))
 
 
+@pytest.mark.backend("tensorflow", "jax")
 def test_condensed_weights_on_several_devices():
     finish(start("condensed_devices.py"))
 
@@ -104,6 +110,23 @@ def assert_close(path, reference):
             np.testing.assert_array_equal(result[name], expected[name], err_msg=name)
 
 
+@pytest.mark.backend("torch")
+@pytest.mark.parametrize("form", ["masked", "condensed"])
+def test_two_processes_of_a_loop_equal_one(form, tmp_path):
+    finish(start("ddp.py", form, tmp_path / "one"))
+    finish(*(start("ddp.py", form, tmp_path / "two", **env) for env in list(workers(2))))
+    expected = np.load(tmp_path / "one-0.npz")
+    assert expected["itop"] > 0.55  # masks moved
+    for worker in (0, 1):
+        result = np.load(tmp_path / f"two-{worker}.npz")
+        for name in expected.files:
+            if "mask" in name:
+                np.testing.assert_array_equal(result[name], expected[name], err_msg=name)
+            else:
+                np.testing.assert_allclose(result[name], expected[name], 1e-4, 1e-6, err_msg=name)
+
+
+@pytest.mark.backend("tensorflow", "jax")
 def test_two_processes_equal_one_and_resume_exactly(tmp_path):
     """Trains, masks identical in both, equal to one; one killed, both restarted: bit for bit."""
     reference = start("multiworker.py", "rigl", tmp_path / "one")

@@ -54,6 +54,17 @@ def test_a_loop_in_one_jit_learns_and_moves_masks(capsys):
     assert 0.97 * 947 <= sum(map(int, counts)) <= 947
 
 
+@pytest.mark.backend("torch")
+def test_a_loop_in_pytorch_learns_and_moves_masks(capsys):
+    import loop_torch
+
+    accuracy, itop_rate = loop_torch.main()
+    assert accuracy > 0.93 and itop_rate > 0.15
+    first, last = capsys.readouterr().out.rpartition("[")[2].strip("]\n").split(", ")
+    # 10 % of 64 · 128 + 128 · 10 weights; some just grown ones may still be 0.
+    assert 0.97 * 947 <= int(first) + int(last) <= 947
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_cifar_resnet_resumes_exactly_by_the_same_command(tmp_path, monkeypatch):
     """On made-up images: an interrupted run, started again, equals the uninterrupted one."""

@@ -19,7 +19,6 @@ from keras_sparseopt.backend.common import (
 )
 from keras_sparseopt.backend.without_strategies import (  # noqa: F401
     Tap,
-    check_fit,
     check_optimizer,
     check_strategy,
     colocated_scope,
@@ -160,6 +159,9 @@ class Seen:
         """What has arrived in this step."""
         told = self._memory.read().clone()
         self._memory.variable.value.data.zero_()
+        if _num_processes() > 1:  # DistributedDataParallel averages the gradients of parameters
+            torch.distributed.all_reduce(told)
+            told /= _num_processes()
         return told
 
 
@@ -181,11 +183,15 @@ class _Through(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def num_replicas(optimizer):
-    """How many replicas compute their own gradients; DistributedDataParallel averages them."""
+def _num_processes():
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1
+
+
+def num_replicas(optimizer):
+    """How many replicas compute their own gradients; DistributedDataParallel averages them."""
+    return _num_processes()
 
 
 def generator_states():
@@ -217,10 +223,22 @@ def resolve(name):
     """`Devices` of a name."""
     if name != "one":
         raise ValueError(
-            f"'{name}' needs KERAS_BACKEND=tensorflow or jax; training on several devices has not "
-            f"been tried on the torch backend. Received: name={name!r}"
+            f"'{name}' needs KERAS_BACKEND=tensorflow or jax; on torch put the model into "
+            "torch.nn.parallel.DistributedDataParallel, in a loop of your own. "
+            f"Received: name={name!r}"
         )
     return Devices(name, None, 1, 0, 1)
+
+
+def check_fit(model, own_loop):
+    """Refuse what Keras 3 itself cannot train, before it starts."""
+    if _num_processes() > 1:
+        raise ValueError(
+            "`fit` shares no gradients between processes on the torch backend, so that their masks "
+            "and weights would differ: put the model into "
+            "torch.nn.parallel.DistributedDataParallel, in a loop of your own. "
+            f"Received: {_num_processes()} processes"
+        )
 
 
 def worker_index(model):
