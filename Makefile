@@ -1,6 +1,6 @@
 # make demo: trains on digits and on text, beside dense training too, and draws pictures (about eight minutes)
-# make test: lint, types and the tests on the TensorFlow and the JAX backend (ten minutes)
-# make test-all: what `make test` leaves out: all combinations, models, drivers, examples, and PyTorch
+# make test: lint, types and the tests on the TensorFlow, JAX and PyTorch backends (ten minutes)
+# make test-all: what `make test` leaves out: all combinations, models, drivers, examples
 # make docs: builds the documentation into docs/_build, and runs every example in it
 # make browser: serves the page that runs a dense and a sparse network side by side (needs npm)
 # make browser-test: tests that page in headless Chromium (needs Node 20, npm and Chromium)
@@ -17,7 +17,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 PAGE = examples/browser
 PORT ?= 8000
 
-.PHONY: demo docs linkcheck test test-tensorflow test-jax test-torch test-all all-tensorflow all-jax lint nightly-keras bench peers browser browser-test clean
+.PHONY: demo docs linkcheck test test-tensorflow test-jax test-torch test-all all-tensorflow all-jax all-torch lint nightly-keras bench peers browser browser-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -31,22 +31,15 @@ docs: $(VENV)/.docs
 linkcheck: $(VENV)/.docs
 	$(BIN)/python -m sphinx -D nb_execution_mode=off -b linkcheck docs docs/_build/links
 
-test: lint test-tensorflow test-jax
+test: lint test-tensorflow test-jax test-torch
 
-test-tensorflow test-jax: test-%: $(VENV)/.test
+test-tensorflow test-jax test-torch: test-%: $(VENV)/.test
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2 -m "not exhaustive"
 
-test-all: all-tensorflow all-jax test-torch
+test-all: all-tensorflow all-jax all-torch
 
-all-tensorflow all-jax: all-%: $(VENV)/.test
+all-tensorflow all-jax all-torch: all-%: $(VENV)/.test
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --numprocesses 2 -m exhaustive
-
-# PyTorch is new here: what has been tried there.
-ON_TORCH = $(patsubst %,tests/test_%.py,backend masks layers structures optimizers methods \
-	callbacks condensed contract saving attached)
-
-test-torch: $(VENV)/.test
-	KERAS_BACKEND=torch $(BIN)/python -m pytest --numprocesses 2 -m "not exhaustive" $(ON_TORCH)
 
 # Puts the nightly Keras into the environment of the tests.
 nightly-keras: $(VENV)/.test

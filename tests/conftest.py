@@ -100,6 +100,13 @@ EXHAUSTIVE = {
 }  # fmt: skip
 
 
+# On PyTorch nothing is compiled, so that all of it is quick; `make test` needs this much.
+QUICK_ON_TORCH = [
+    f"test_{name}.py"
+    for name in ("backend", "backup", "callbacks", "condensed", "contract", "optimizers", "saving")
+]
+
+
 # What Keras does not do on PyTorch, or what has not been tried, by why.
 NOT_ON_TORCH = {
     "*mixed_*-XLA]": "torch.compile takes minutes for it; float32 is tested",
@@ -119,6 +126,8 @@ def why_not_on_torch(item):
 
 
 def is_exhaustive(item):
+    if BACKEND == "torch" and item.path.name not in QUICK_ON_TORCH:
+        return True
     chosen = False
     for pattern in EXHAUSTIVE.get(item.path.name, ()):
         if fnmatch.fnmatchcase(item.name, pattern.removeprefix("!")):

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from helpers import array
 
+# The driver has a train step for each of them.
+pytestmark = pytest.mark.backend("tensorflow", "jax")
+
 QUICK = {"epochs": 3, "widths": (8,), "blocks": 1, "update_every": 5, "sparsity": 0.9}
 
 
