@@ -132,6 +132,12 @@ def test_sparse_initialization(proxy):
             assert array(two)[array(two.topology.mask)].std() == pytest.approx(expected, rel=0.2)
 
 
+def test_processes_share_out_cores(proxy):
+    assert proxy.share_of({4, 2, 7, 5}, 1, 2, 2) == [5, 7]
+    assert proxy.share_of({0, 1}, 0, 1, 2) == [0] and proxy.share_of({0, 1}, 1, 1, 2) == [1]
+    assert proxy.share_of({0, 1}, 0, 1, 3) == {0, 1}
+
+
 def test_confidence_interval_by_hand(proxy):
     # t(0.975, 2) = 4.3027, standard deviation 1, three values
     assert proxy.confidence([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / np.sqrt(3), abs=1e-3)
