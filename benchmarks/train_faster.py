@@ -43,7 +43,7 @@ STEPS = [  # network, batch, sparsity, tile, steps
 ]
 MEMORY = [  # network, batch, sparsity, tile; compiling a step alone takes 50 to 90 MB
     (name, batch, 0.9, (1, 64))
-    for name in ("MLP 4 × 4096", "transformer d 512", "ResNet 64/128/256")
+    for name in ("MLP 4 × 4096", "transformer d 512")
     for batch in (32, 256)
 ]
 FORWARDS = [(rows, 1024, 1024, 0.9, (1, 64)) for rows in (1, 8, 128)]
@@ -283,7 +283,7 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
     return dense, sparse, share
 
 
-def peak_of(name, batch, sparsity, tile):
+def peak_of(name, batch, sparsity, tile, with_update):
     """Prints by how many bytes training raises this process's memory."""
     import keras
     from common import reset_peak, resident
@@ -297,7 +297,7 @@ def peak_of(name, batch, sparsity, tile):
     )  # starts the backend
     before = resident("VmRSS")
     model = made(name, sparsity, tile, "auto")
-    method = [] if tile is None else [kso.RigL(update_every=2, end_step=10**6)]
+    method = [kso.RigL(update_every=2, end_step=10**6)] if with_update else []
 
     def fit():
         model.fit(x, y, batch_size=batch, shuffle=False, verbose=0, callbacks=method)
@@ -367,11 +367,13 @@ def worker(args):
     for name, batch, sparsity, tile in MEMORY if "memory" in args.parts else ():
         if not name.startswith(args.network):
             continue
-        dense, sparse = (peak(name, batch, sparsity, own) for own in (None, tile))
+        ways = (None, False), (tile, False), (tile, True)
+        dense, sparse, updated = (peak(name, batch, sparsity, *way) for way in ways)
         row = {
             "part": "memory", "backend": keras.backend.backend(), "network": name, "batch": batch,
             "sparsity": sparsity, "tile": tile, "dense MB": dense / 1e6,
             "condensed MB": sparse / 1e6, "bytes": sparse / dense,
+            "bytes with a mask update": updated / dense,
         }  # fmt: skip
         print(json.dumps(row), flush=True)
     if "update" in args.parts:

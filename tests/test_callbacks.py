@@ -512,4 +512,4 @@ def test_many_updates_neither_retrace_nor_lose_a_weight(kind):
 
     row = soak(kind, updates=40)
     assert row["updates"] == 40 and row["counts exact"] and row["ITOP rate"] > 0.1
-    assert row["traces after first update"] == 0
+    assert row["traces after first update"] == (None if keras.backend.backend() == "torch" else 0)

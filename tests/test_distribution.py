@@ -181,7 +181,7 @@ def test_strategy_names():
     backend = keras.backend.backend()
     with pytest.raises(ValueError, match="must be one of one, mirrored.*Received: name='many'"):
         kso.resolve_strategy("many")
-    other = {"tensorflow": "data_parallel", "jax": "mirrored"}[backend]
+    other = {"tensorflow": "data_parallel", "jax": "mirrored", "torch": "data_parallel"}[backend]
     with pytest.raises(ValueError, match=f"needs KERAS_BACKEND=.*Received: name='{other}'"):
         kso.resolve_strategy(other)
     assert kso.resolve_strategy("one").num_replicas == 1
@@ -194,6 +194,7 @@ def test_multiworker_without_cluster_is_refused(monkeypatch):
         kso.resolve_strategy("multiworker")
 
 
+@pytest.mark.backend("tensorflow", "jax")
 @pytest.mark.parametrize("method", ["rigl", "set"])
 def test_the_training_step_compiles_without_host_operations(method, monkeypatch):
     """What a TPU needs: static shapes, and nothing in the step that calls back to the host."""
