@@ -109,6 +109,7 @@ QUICK_ON_TORCH = [
 
 # What Keras does not do on PyTorch, or what has not been tried, by why.
 NOT_ON_TORCH = {
+    "*nested_layers_train_as_masked[[]True]": "torch.compile takes minutes for it",
     "*mixed_*-XLA]": "torch.compile takes minutes for it; float32 is tested",
     "*steps_per_execution*": "Keras refuses steps_per_execution there",
     "*[[]steps of an epoch]": "Keras refuses steps_per_execution there",
