@@ -25,7 +25,9 @@ METHODS = {
 }
 # The others never change the number of active weights of a layer.
 CHANGES_COUNTS = {"GMP", "GMP global", "GraNet"}
-OTHER_EXECUTIONS = {("RigL", "float32"), ("RigL", "mixed_float16"), ("SET", "float32")}
+OTHER_EXECUTIONS = {("RigL", "float32"), ("RigL", "mixed_float16")}
+if keras.backend.backend() != "torch":  # torch.compile takes a minute for each
+    OTHER_EXECUTIONS.add(("SET", "float32"))
 PRECISIONS = ["float32", "mixed_float16", "mixed_bfloat16"]
 EXECUTIONS = {
     "eager": {"run_eagerly": True},

@@ -65,6 +65,7 @@ def test_a_loop_in_pytorch_learns_and_moves_masks(capsys):
     assert 0.97 * 947 <= int(first) + int(last) <= 947
 
 
+@pytest.mark.backend("tensorflow", "torch")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_cifar_resnet_resumes_exactly_by_the_same_command(tmp_path, monkeypatch):
     """On made-up images: an interrupted run, started again, equals the uninterrupted one."""
