@@ -41,7 +41,7 @@ STEPS = [  # network, batch, sparsity, tile, steps
     ("1×1 convolutions 128/256/512", 32, 0.9, (1, 64), 25),
     ("ResNet 64/128/256", 64, 0.9, (1, 64), 25),
 ]
-MEMORY = [  # network, batch, sparsity, tile; compiling a step alone takes 50 to 90 MB
+MEMORY = [  # network, batch, sparsity, tile; small ones would show what compiling takes
     (name, batch, 0.9, (1, 64))
     for name in ("MLP 4 × 4096", "transformer d 512")
     for batch in (32, 256)

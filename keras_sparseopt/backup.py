@@ -153,8 +153,9 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         # Iterators of data draw, too, and not at the same time in a training that goes on: what
         # they drew since the end of the last epoch does not count in either.
-        set_generator_states(self._generators)
-        self._generators = []
+        if self._generators:
+            set_generator_states(self._generators)
+            self._generators = []
 
     def on_epoch_end(self, epoch, logs=None):
         self._history[epoch] = _numbers(logs or {})

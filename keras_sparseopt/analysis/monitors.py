@@ -14,7 +14,7 @@ from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_int
 from keras_sparseopt.files import write_aside
 from keras_sparseopt.methods.steps import StepCallback
-from keras_sparseopt.optimizers.moving import is_gradient, is_written
+from keras_sparseopt.optimizers.moving import is_gradient
 from keras_sparseopt.typing import Path
 
 LOG_FILE = "gradient_flow.jsonl"
@@ -114,19 +114,18 @@ class GradientFlow(StepCallback):
 
     def act(self) -> None:
         """Measure, and change nothing."""
-        gradients, layers, are_written = [], [], False
+        gradients, layers = [], []
         weights = self.weights()
         names = measures.unique_names([weight.topology.name for weight in weights])
         for name, weight in zip(names, weights):
             gradient = host(self.gradient_of(weight))
-            are_written |= bool(is_written(gradient))
             if not is_gradient(gradient):  # no loss depends on this layer
                 continue
             mask = host(weight.topology.mask)
             gradients.append(gradient)
             layers.append({"name": name, **self._measure(weight, gradient, mask)})
         if not layers:
-            self.no_gradient(are_written)
+            self.no_gradient(weights)
             return
         corrected = [layer for layer in layers if layer["corrected"]]
         jumps = [abs(v["angle_jump"]) for v in corrected if v["angle_jump"] is not None]

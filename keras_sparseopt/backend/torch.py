@@ -213,8 +213,7 @@ def set_generator_states(states):
     ]
     for assign, state in zip(restore, states):
         assign(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    if states:  # on other backends there are none
-        torch.rand(1)
+    torch.rand(1)
 
 
 # ---------------------------------------------------------------------- several devices

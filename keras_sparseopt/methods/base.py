@@ -365,7 +365,7 @@ class DynamicSparseTraining(StepCallback):
             return
         facts = moving.inspect(weights, self.gradient_of)
         if not any(fact["has_gradient"] for fact in facts.values()):
-            self.no_gradient(any(fact["gradient_is_written"] for fact in facts.values()))
+            self.no_gradient(weights)
             return
         # A layer that no loss depends on has no gradient; its topology stays.
         weights = [weight for weight in weights if facts[weight.index]["has_gradient"]]

@@ -14,6 +14,7 @@ from keras_sparseopt.devices import build_optimizer, optimizers_by_name, use_ste
 from keras_sparseopt.methods.schedule import Schedule
 from keras_sparseopt.models.conversion import masked_share, told_dense
 from keras_sparseopt.models.topology import is_named, sparse_weights
+from keras_sparseopt.optimizers.moving import is_written
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 
 # Compiling a step without kept gradients pays off, if so many steps are left to gain by it.
@@ -174,9 +175,9 @@ class StepCallback(keras.callbacks.Callback):
         lease = self._run.lease
         return None if lease is None else lease.gradient(weight.variable)
 
-    def no_gradient(self, are_written: bool) -> None:
-        """No weight has a dense gradient that is not 0: an error, if no step has written one."""
-        if not are_written:
+    def no_gradient(self, weights: Sequence[Any]) -> None:
+        """No `Weight` has a dense gradient that is not 0: an error, if no step has written one."""
+        if not any(host(is_written(self.gradient_of(weight))) for weight in weights):
             raise ValueError(
                 "No dense gradient has arrived: the train step was compiled before `begin`, which "
                 "then returned True. Make the train step again after it."

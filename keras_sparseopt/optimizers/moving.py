@@ -373,8 +373,8 @@ def inspect(weights, gradient_of=lambda weight: None):
 
     Returns:
         Dict from index to a dict: `active` (int), `weight_is_finite`, `gradient_is_finite`,
-        `gradient_is_written`, `has_gradient` (bools). A gradient that is 0 throughout is none:
-        JAX gives that to what no loss depends on, where TensorFlow gives nothing.
+        `has_gradient` (bools). A gradient that is 0 throughout is none: JAX gives that to what
+        no loss depends on, where TensorFlow gives nothing.
     """
     found = {}
     for weight in weights:
@@ -384,7 +384,7 @@ def inspect(weights, gradient_of=lambda weight: None):
         else:
             facts = _compiled_facts(ops.convert_to_tensor(weight.variable), gradient)
         found[weight.index] = {"active": weight.topology.num_active(), **facts}
-    always = {"gradient_is_finite": True, "gradient_is_written": True, "has_gradient": True}
+    always = {"gradient_is_finite": True, "has_gradient": True}
     return {
         index: {**always, **{name: np.asarray(value).item() for name, value in facts.items()}}
         for index, facts in found.items()
@@ -413,7 +413,6 @@ def _facts_on_host(weight, gradient):
     if gradient is not None:
         gradient = host(gradient)
         facts["gradient_is_finite"] = _is_finite(gradient)
-        facts["gradient_is_written"] = is_written(gradient)
         facts["has_gradient"] = is_gradient(gradient)
     return facts
 
@@ -432,6 +431,5 @@ def _compiled_facts(weight, gradient):
     facts = {"weight_is_finite": ops.all(ops.isfinite(weight))}
     if gradient is not None:
         facts["gradient_is_finite"] = ops.all(ops.isfinite(gradient))
-        facts["gradient_is_written"] = is_written(gradient)
         facts["has_gradient"] = is_gradient(gradient)
     return facts
