@@ -338,6 +338,7 @@ def told_class(variable_class: Any) -> Any:
             with self.topology.moving():
                 return super().assign_sub(value)
 
+        # Not `super()`: torch.compile would take masks for weights that are trained.
         @property
         def trainable(self):
             return variable_class.trainable.fget(self)
