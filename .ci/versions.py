@@ -4,9 +4,9 @@
     python .ci/versions.py --only newest       # or lowest
     python .ci/versions.py --python python3.12 --backends jax
 
-For every Python that is on the machine, and for TensorFlow only, JAX only and both: an empty
-environment with the wheel and the newest versions that the package index has, or the lowest ones
-that setup.cfg allows, in which `try_installed.py` trains, saves and loads a model on each backend.
+For every Python that is on the machine, and for each backend alone and TensorFlow with JAX: an
+empty environment with the wheel and the newest versions that the package index has, or the lowest
+ones that setup.cfg allows, in which `try_installed.py` trains, saves and loads a model.
 Writes results/versions.json.
 """
 
@@ -26,9 +26,15 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ("python3.11", "python3.12", "python3.13")
-BACKENDS = {"tensorflow": ["tensorflow"], "jax": ["jax"], "both": ["tensorflow", "jax"]}
-# The wheel without GPU support is the same code, and a tenth of the size.
-DISTRIBUTIONS = {"tensorflow": "tensorflow-cpu", "jax": "jax"}
+BACKENDS = {
+    "tensorflow": ["tensorflow"],
+    "jax": ["jax"],
+    "torch": ["torch"],
+    "both": ["tensorflow", "jax"],
+}
+# Without GPU support it is the same code, and a tenth of the size; of PyTorch this one is at hand.
+DISTRIBUTIONS = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
+NEWEST = {"torch": "torch==2.13.0"}
 
 
 def lowest():
@@ -42,9 +48,8 @@ def lowest():
 
 
 def requirements(backends, versions):
-    names = [DISTRIBUTIONS[backend] for backend in backends]
     if versions == "newest":
-        return names
+        return [NEWEST.get(backend, DISTRIBUTIONS[backend]) for backend in backends]
     minimum = lowest()
     pinned = [f"{DISTRIBUTIONS[b]}=={minimum[b]}.*" for b in backends]
     return [*pinned, f"keras=={minimum['keras']}.*"]

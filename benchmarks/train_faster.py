@@ -3,7 +3,8 @@
     python benchmarks/train_faster.py
 
 Each backend runs in a process of its own. Dense is always the faster of its ways (in TensorFlow
-with and without XLA), and so is condensed. Dense and condensed take turns; ratios of medians.
+with and without XLA, in PyTorch eager and by `torch.compile`), and so is condensed; steps of `fit`
+are eager in PyTorch, as is Keras' default there. Dense and condensed take turns; ratios of medians.
 
 | part | what is timed |
 |---|---|
@@ -145,20 +146,27 @@ def turns(ways, seconds):
     return [1000 * statistics.median(own) for own in times]
 
 
-def compiled_ways(function):
-    """A function of tensors, compiled in all ways that the backend has."""
+def compiled_ways(function, backward):
+    """A function of tensors, or its gradients, compiled in all ways that the backend has."""
     from keras_sparseopt.backend import NAME
 
+    step = functools.partial(gradients, function) if backward else function
     if NAME == "jax":
         import jax
 
-        return [jax.jit(function)]
+        return [jax.jit(step)]
+    if NAME == "torch":
+        import torch
+
+        torch._dynamo.config.recompile_limit = 100  # each case is a function of its own
+        compiled = torch.compile(function)
+        return [step, functools.partial(gradients, compiled) if backward else compiled]
     import tensorflow as tf
 
-    return [tf.function(function, jit_compile=jit, autograph=False) for jit in (True, False)]
+    return [tf.function(step, jit_compile=jit, autograph=False) for jit in (True, False)]
 
 
-def gradients(function, values):
+def gradients(function, *values):
     """The gradients of the sum of a function's results by its arguments."""
     from keras_sparseopt.backend import NAME
 
@@ -166,6 +174,11 @@ def gradients(function, values):
         import jax
 
         return jax.grad(lambda v: function(*v).sum())(values)
+    if NAME == "torch":
+        import torch
+
+        values = [value.detach().requires_grad_() for value in values]
+        return torch.autograd.grad(function(*values).sum(), values)
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -208,21 +221,20 @@ def time_layer(case, seconds, backward):
     from keras_sparseopt.models.condensed import multiply
 
     x, kernel, values, pattern = layer_arrays(*case)
-    factor = np.random.default_rng(1).normal(size=(x.shape[0], kernel.shape[1])).astype("float32")
+    factor = np.random.default_rng(1).normal(size=(x.shape[0], kernel.shape[1]))
+    factor, pattern = ops.convert_to_tensor(factor, "float32"), ops.convert_to_tensor(pattern)
 
     def dense(x, kernel):
         return ops.matmul(x, kernel) * factor
 
     def sparse(x, values):
-        return multiply(ops.transpose(x), values, ops.convert_to_tensor(pattern)) * factor
+        return multiply(ops.transpose(x), values, pattern) * factor
 
     found = []
     for function, stored in ((dense, kernel), (sparse, values)):
         arrays = [ops.convert_to_tensor(array) for array in (x, stored)]
-        step = function
-        if backward:
-            step = functools.partial(lambda f, *values: gradients(f, list(values)), function)
-        found.append([functools.partial(waited, w, arrays) for w in compiled_ways(step)])
+        ways = compiled_ways(function, backward)
+        found.append([functools.partial(waited, way, arrays) for way in ways])
     times = turns([*found[0], *found[1]], seconds)
     number = len(found[0])
     return min(times[:number]), min(times[number:])
@@ -258,7 +270,7 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
 
     _, batch_of = networks(name)
     x, y = batch_of(batch * steps)
-    jits = (True,) if keras.backend.backend() == "jax" else (True, False)
+    jits = {"jax": (True,), "torch": (False,), "tensorflow": (True, False)}[keras.backend.backend()]
     kinds = [(t, jit) for t in (None, tile) for jit in jits]
     models = [made(name, sparsity, t, jit) for t, jit in kinds]
 
@@ -388,7 +400,7 @@ def main():
     parser.add_argument("--network", default="", help="only networks whose name begins so")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each layer")
     parser.add_argument("--rounds", type=int, default=2, help="fits of each network")
-    parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax"])
+    parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax", "torch"])
     parser.add_argument("--no_file", action="store_true", help="only print")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -419,7 +431,8 @@ def main():
     path = RESULTS / "train_faster.json"
     if path.exists():  # what was not measured now stays
         old = json.loads(path.read_text())["rows"]
-        rows = [row for row in old if row["part"] not in args.parts] + rows
+        again = {(row["part"], row["backend"]) for row in rows}
+        rows = [row for row in old if (row["part"], row["backend"]) not in again] + rows
     columns = list(dict.fromkeys(column for row in rows for column in row))
     rows = [{column: row.get(column) for column in columns} for row in rows]
     report("train_faster", rows, AIMS, both_backends=True)

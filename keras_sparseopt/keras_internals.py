@@ -208,6 +208,15 @@ def plain_class(optimizer):
     return next(kind for kind in type(optimizer).__mro__ if not kind.__module__.startswith(inner))
 
 
+def serialized(optimizer):
+    """An optimizer's config under the class that every backend knows."""
+    config, kind = keras.saving.serialize_keras_object(optimizer), plain_class(optimizer)
+    if kind is not type(optimizer):
+        config |= {"module": "keras.optimizers", "class_name": kind.__name__}
+        config["registered_name"] = None
+    return config
+
+
 # What makes the final gradients the step of an optimizer: of one variable; on PyTorch of all.
 _STEPS = "update_step", "_parallel_update_step"
 

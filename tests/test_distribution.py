@@ -1,5 +1,6 @@
 """Several devices and several processes; each case in processes of its own."""
 
+import functools
 import json
 import os
 import pathlib
@@ -230,3 +231,14 @@ def step_hlo(model, images, labels):
         metrics_variables=True,
     )
     return jax.jit(model.train_step).lower(state, (images, labels)).as_text(dialect="hlo")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.backend("torch")  # it starts processes on all three
+def test_every_backend_goes_on_with_the_files_of_every_other(tmp_path):
+    backends = "tensorflow", "jax", "torch"
+    folders = [tmp_path / name for name in backends]
+    write = functools.partial(start, "files_between.py", "write")
+    finish(*(write(folder, KERAS_BACKEND=b) for folder, b in zip(folders, backends)))
+    read = functools.partial(start, "files_between.py", "read", *folders)
+    finish(*(read(KERAS_BACKEND=b) for b in backends))

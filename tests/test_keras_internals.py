@@ -207,3 +207,16 @@ def test_state_of_training_and_lora():
     assert kernel.topology.told == 0
     model.get_layer("d").enable_lora(2)
     assert kernel.topology.told == 1 and not kernel.trainable
+
+
+def test_optimizers_are_saved_under_the_class_of_every_backend():
+    class Own(keras.optimizers.SGD):
+        pass
+
+    for optimizer in (keras.optimizers.SGD(0.5), keras.optimizers.Adam()):
+        config = internals.serialized(optimizer)
+        assert config["module"] == "keras.optimizers"
+        assert config["class_name"] == type(optimizer).__name__
+        loaded = keras.optimizers.deserialize(config)
+        assert type(loaded) is type(optimizer) and loaded.get_config() == optimizer.get_config()
+    assert internals.serialized(Own())["class_name"] == "Own"

@@ -37,6 +37,7 @@ PEERS = {
         {"KERAS_BACKEND": "tensorflow"},
     ),
     "keras_sparseopt, jax": ("keras_sparseopt_peer.py", None, {"KERAS_BACKEND": "jax"}),
+    "keras_sparseopt, torch": ("keras_sparseopt_peer.py", None, {"KERAS_BACKEND": "torch"}),
     "tfmot": ("tfmot_peer.py", "tfmot.txt", {}),
     "rigl-torch": ("rigl_torch_peer.py", "rigl-torch.txt", {}),
     "sparsimony": ("sparsimony_peer.py", "sparsimony.txt", {}),
@@ -191,7 +192,8 @@ def main(argv=None):
         print(f"\n{row}", flush=True)
         for name, result in found.items():
             print(f"  {name:<28} {shown(row, result)}", flush=True)
-        known[row] = {**known.get(row, {}), **found}
+        found = {**known.get(row, {}), **found}
+        known[row] = {name: found[name] for name in PEERS if name in found}
         command = "python benchmarks/peers/compare.py" + (
             " --jaxpruner CHECKOUT" if any("JaxPruner" in found for found in known.values()) else ""
         )

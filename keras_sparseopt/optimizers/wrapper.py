@@ -147,7 +147,7 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
         return keras_internals.averages(self.base_optimizer())
 
     def get_config(self):
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
+        inner = keras_internals.serialized(self.inner_optimizer)
         return {"name": self.name, "inner_optimizer": inner}
 
     @classmethod
