@@ -51,6 +51,7 @@ from keras_sparseopt.models.layers import (
     SparseDense,
     SparseEinsumDense,
 )
+from keras_sparseopt.models.pruning import prune
 from keras_sparseopt.models.topology import sparse_layers, sparse_weights
 from keras_sparseopt.optimizers import HAM, SparseOpt
 from keras_sparseopt.structures import NM, Block, ConstantFanIn, Unstructured
@@ -100,6 +101,7 @@ __all__ = [
     "mask_overlap",
     "masks_from_zeros",
     "measured_skew",
+    "prune",
     "prune_at_init",
     "report",
     "resolve_strategy",

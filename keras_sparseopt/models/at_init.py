@@ -15,7 +15,8 @@ from keras_sparseopt.models.conversion import (
     maskable,
     structures_of,
 )
-from keras_sparseopt.structures import StructureRules, shared_budget
+from keras_sparseopt.models.pruning import best, check_finite, ranked_together
+from keras_sparseopt.structures import StructureRules
 from keras_sparseopt.typing import Rules, SkewCorrection
 
 # GraSP's: of outputs that are as good as equal, so that no class counts more.
@@ -205,19 +206,6 @@ def _inputs(model, data):
 
 def _best(kernels, structures, scores, sparsity):
     """The masks of best scores, ranked together where structures share out a budget."""
-    for kernel, score in zip(kernels, scores):
-        if not np.isfinite(score).all():
-            raise ValueError(
-                f"The score of '{kernel.variable.path}' is not finite: the values of the model "
-                "overflow, or its loss is not finite."
-            )
-    everything = [np.ones(score.shape, bool) for score in scores]
-    own = [structures[id(kernel.variable)] for kernel in kernels]
-    counts = shared_budget(own, scores, everything, sparsity)
-    units = [kernel.units(structure) for kernel, structure in zip(kernels, own)]
-    return [
-        unit.write(
-            unit.prune(unit.magnitudes(score), unit.active(every), np.int32(unit.nearest(count)))
-        )
-        for unit, score, every, count in zip(units, scores, everything, counts)
-    ]
+    check_finite(kernels, scores)
+    counts = ranked_together(kernels, structures, scores, sparsity)
+    return best(kernels, structures, scores, counts)

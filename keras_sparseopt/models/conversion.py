@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparseopt import distributions, keras_internals, masks
-from keras_sparseopt.backend import host
+from keras_sparseopt.backend import host, is_whole
 from keras_sparseopt.checks import check_sparsity
 from keras_sparseopt.models import layers as sparse
 from keras_sparseopt.models.condensed import CondensedLayer, uncondense_layers
@@ -121,11 +121,58 @@ def sparsify(
         raise ValueError(f"`seed` must be a non-negative int. Received: seed={seed!r}")
     chosen = maskable(model, include, exclude)
     structures = structures_of(model, chosen, structure)
-    kernels, counts = _active_counts(model, chosen, sparsity, distribution, structures)
-    _check_something(model, kernels, f"exclude={exclude!r}, distribution={distribution!r}")
+    kernels, counts = active_counts(model, chosen, sparsity, distribution, structures)
+    check_something(model, kernels, f"exclude={exclude!r}, distribution={distribution!r}")
+    is_trained = why_trained(model)
     drawn = []
     for position, (kernel, count) in enumerate(zip(kernels, counts)):
         own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
+        units = kernel.units(structures[id(kernel.variable)])
+        drawn.append(units.random_mask(units.nearest(count), own_seed))
+    attach_all(model, kernels, drawn, skew_correction, structures)
+    if is_trained and any(not mask.all() for mask in drawn):
+        warnings.warn(
+            f"'{model.name}' seems to be trained ({is_trained}), and `sparsify` has kept a random "
+            "part of its weights: all others are 0 now. To keep the best ones call "
+            "keras_sparseopt.prune(model, sparsity) instead, or sparsify(model, 0.0) and train "
+            "with keras_sparseopt.GMP.",
+            stacklevel=2,
+        )
+    warn_of_dense(model, kernels, counts, structures, exclude or isinstance(distribution, dict))
+    return model
+
+
+def why_trained(model):
+    """What shows that a model is not as it was initialized: string, `""` if nothing does."""
+    optimizer = getattr(model, "optimizer", None)
+    if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
+        steps = int(host(keras_internals.step_count(optimizer)))
+        if steps:
+            return f"its optimizer has made {steps} steps"
+    for layer in keras_internals.all_layers(model):
+        for name in ("bias", "beta", "moving_mean") if layer.built else ():
+            variable = getattr(layer, name, None)
+            initializer = getattr(layer, f"{name}_initializer", None)
+            is_zeros = isinstance(initializer, keras.initializers.Zeros)
+            # The bias of a cell that forgets little begins with ones.
+            if not is_zeros or variable is None or getattr(layer, "unit_forget_bias", False):
+                continue
+            is_here = not keras_internals.is_absent(variable) and is_whole(variable)
+            if is_here and host(variable).any():
+                return f"'{variable.path}' is not 0"
+    return ""
+
+
+def warn_of_dense(model, kernels, counts, structures, is_meant):
+    """Warn of weights that stay dense, or most of them.
+
+    Args:
+        model: Keras model.
+        kernels, counts: Lists of `Kernel`s and of ints, the active weights that each should have.
+        structures: Dict, what `structures_of` returns.
+        is_meant: Whether the arguments say which weights stay without a mask.
+    """
+    for kernel, count in zip(kernels, counts):
         structure = structures[id(kernel.variable)]
         units = kernel.units(structure)
         if units.nearest(count) == units.total and count < kernel.size / 2:
@@ -133,16 +180,19 @@ def sparsify(
                 f"{structure} leaves '{kernel.variable.path}' of shape "
                 f"{tuple(kernel.variable.shape)} dense: it has too few inputs. Exclude it, or give "
                 "it another structure by a rule.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        drawn.append(units.random_mask(units.nearest(count), own_seed))
-    attach_all(model, kernels, drawn, skew_correction, structures)
-    if not exclude and not isinstance(distribution, dict):
-        _warn_if_mostly_dense(model)
-    return model
+    masked, total, dense = masked_share(model)
+    if not is_meant and masked < total / 2:
+        names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:5])
+        warnings.warn(
+            f"Only {masked / total:.1%} of the weights of rank ≥ 2 of '{model.name}' have a mask. "
+            f"The largest that stay dense: {names}. Use `include` for them.",
+            stacklevel=3,
+        )
 
 
-def _check_something(model, kernels, received):
+def check_something(model, kernels, received):
     if kernels:
         return
     masked = len(sparse_weights(model))
@@ -173,10 +223,11 @@ def stays_dense(kernel):
     return kernel.why_not or ("" if kernel.variable.trainable else "frozen")
 
 
-def structures_of(model, kernels, structure):
-    """The structure of each kernel, by the id of its variable."""
+def structures_of(model, kernels, structure, default=None):
+    """The structure of each kernel, by the id of its variable; `default` where none is given."""
     rules = structure if isinstance(structure, dict) else {}
-    default = as_structure(None if isinstance(structure, dict) else structure)
+    is_given = structure is not None and not isinstance(structure, dict)
+    default = as_structure(structure if is_given else default)
     found = {id(kernel.variable): default for kernel in kernels}
     for rule, own in rules.items():
         named = _matched(model, kernels, "structure", rule)
@@ -240,17 +291,6 @@ def check_built(model):
         )
 
 
-def _warn_if_mostly_dense(model):
-    masked, total, dense = masked_share(model)
-    if masked < total / 2:
-        names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:5])
-        warnings.warn(
-            f"Only {masked / total:.1%} of the weights of rank ≥ 2 of '{model.name}' have a mask. "
-            f"The largest that stay dense: {names}. Use `include` for them.",
-            stacklevel=3,
-        )
-
-
 def _matched(model, kernels, argument, rules):
     """Ids of the variables of those kernels that a rule of the argument means."""
     single = isinstance(rules, (str, type, keras.layers.Layer, keras.Variable)) or callable(rules)
@@ -303,7 +343,7 @@ def _layers_around(model, kernel):
     ]
 
 
-def _active_counts(model, kernels, sparsity, distribution, structures):
+def active_counts(model, kernels, sparsity, distribution, structures):
     """The kernels to mask, and the number of active weights of each."""
     if isinstance(distribution, dict):
         sparsity_of: dict[int, float] = {}
@@ -482,7 +522,7 @@ def masks_from_zeros(
     exclude: Rules = (),
     *,
     structure: StructureRules = None,
-) -> dict[str, float]:
+) -> keras.Model:
     """Take the topology of an already sparse checkpoint: weights that are 0 become inactive.
 
     For a model that was pruned elsewhere, or saved without its optimizer, and for weights that are
@@ -497,7 +537,7 @@ def masks_from_zeros(
             weights active that are not 0.
 
     Returns:
-        Dict from the name of each sparse weight to its sparsity.
+        The model.
 
     Raises:
         TypeError: If `model` is not a Keras model.
@@ -513,13 +553,14 @@ def masks_from_zeros(
 
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="head")])
     model.layers[0].set_weights([np.array([[1.0, 0.0], [0.0, 2.0]]), np.zeros(2)])
-    assert kso.masks_from_zeros(model) == {"head": 0.5}
+    kso.masks_from_zeros(model)
+    assert kso.sparse_weights(model)[0].topology.sparsity == 0.5
     ```
     """
     check_built(model)
     new = maskable(model, include, exclude)
     if not sparse_weights(model):
-        _check_something(model, new, f"exclude={exclude!r}")
+        check_something(model, new, f"exclude={exclude!r}")
     structures = structures_of(model, new, structure)
     if structure is not None and not isinstance(structure, dict):
         for topology in (variable.topology for variable in sparse_weights(model)):
@@ -536,8 +577,7 @@ def masks_from_zeros(
     for variable, mask in own:
         set_mask(variable, mask)
     attach_all(model, new, found, "auto", structures)
-    topologies = [variable.topology for variable in sparse_weights(model)]
-    return {topology.name: topology.sparsity for topology in topologies}
+    return model
 
 
 def _from_zeros(variable, kernel, units):
