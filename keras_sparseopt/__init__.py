@@ -43,6 +43,7 @@ from keras_sparseopt.models.at_init import prune_at_init
 from keras_sparseopt.models.condensing import condense, uncondense
 from keras_sparseopt.models.conversion import masks_from_zeros, set_mask, sparsify, strip
 from keras_sparseopt.models.cost import layer_costs, summary
+from keras_sparseopt.models.following import follow
 from keras_sparseopt.models.initializers import SparseHeNormal
 from keras_sparseopt.models.layers import (
     SparseConv1D,
@@ -93,6 +94,7 @@ __all__ = [
     "erk",
     "export_tflite",
     "fit_distributed",
+    "follow",
     "gradient_flow",
     "gradient_skew",
     "itop_rate",

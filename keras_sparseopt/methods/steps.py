@@ -13,7 +13,7 @@ from keras_sparseopt.checks import check_patterns
 from keras_sparseopt.devices import build_optimizer, optimizers_by_name, use_step
 from keras_sparseopt.methods.schedule import Schedule
 from keras_sparseopt.models.conversion import masked_share, told_dense
-from keras_sparseopt.models.topology import is_named, sparse_weights
+from keras_sparseopt.models.topology import is_named, leader_of, sparse_weights
 from keras_sparseopt.optimizers.moving import is_written
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 
@@ -167,6 +167,7 @@ class StepCallback(keras.callbacks.Callback):
             weight
             for weight in self.optimizer.weights
             if weight.variable.trainable
+            and leader_of(weight.variable) is None
             and (self.layers is None or is_named(weight.topology, self.layers))
         ]
 

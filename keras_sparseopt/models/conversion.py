@@ -444,6 +444,7 @@ def strip(model: keras.Model) -> keras.Model:
         _make_plain(layer)
     for variable in model.weights:
         variable.was_stripped = True  # its zeros are no mask
+        variable.leader = None
     for variable in changed:
         if topology_of(variable) is not None:
             detach(variable)

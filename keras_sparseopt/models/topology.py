@@ -102,7 +102,26 @@ class Topology:
             keras_internals.tell(mask)
         for optimizer in trainers_of(variable):
             optimizer.adopt(variable)
+        self.lead()
         return self
+
+    def lead(self):
+        """The weights that follow this one get its mask: see `keras_sparseopt.follow`."""
+        for variable in followers_of(self.variable):
+            topology = topology_of(variable)
+            if topology is None:
+                topology = attach(
+                    variable, np.ones(self.shape, bool), self.neuron_axes, self.input_axes,
+                    self.skew_correction, self.name, self.feeds, self.structure,
+                    announced=self._announced,
+                )  # fmt: skip
+            if self.is_open or keras_internals.is_absent(self.pattern):
+                continue
+            is_here = topology.is_condensed or self.is_on_host()
+            # A copy: the memory of the leader's may be freed.
+            mask = np.array(host(self.mask)) if is_here else ops.copy(self.mask)
+            topology.change(topology.form.of_mask(mask))
+            topology.set_budget()
 
     @property
     def is_condensed(self):
@@ -431,6 +450,7 @@ class Topology:
         self._announced = None
         for optimizer in self.optimizers:
             optimizer.follow(self, old)
+        self.lead()
 
     def _fitting(self, weight):
         """The mask that nonzero weights want, `None` if they fit the present one."""
@@ -451,7 +471,8 @@ class Topology:
                 "or denser model load first and sparsify then; to let go of the mask call "
                 "keras_sparseopt.strip(model), load, and keras_sparseopt.masks_from_zeros(model). "
                 "EarlyStopping that restores weights from before a pruning method had ended needs "
-                "start_from_epoch."
+                "start_from_epoch; a copy that averages the weights of another model, whose masks "
+                "move, needs keras_sparseopt.follow(copy, model)."
             )
         return new if outside else None
 
@@ -595,7 +616,11 @@ def release(variable):
 
 
 def detach(variable):
-    """Let go of an attached mask."""
+    """Let go of an attached mask; what follows the weight does so, too."""
+    for follower in followers_of(variable):
+        topology = topology_of(follower)
+        if topology is not None and topology.is_attached:
+            detach(follower)
     keras_internals.tell_no_more(variable)
     variable.constraint = own_constraint(variable)
     release(variable)
@@ -627,6 +652,27 @@ def trainers_of(variable):
 def is_trained_by(variable, optimizer):
     """A `SparseOpt` says that it was built with a variable."""
     variable.trainers = [weakref.ref(o) for o in (*trainers_of(variable), optimizer)]
+
+
+def let_follow(variable, leader):
+    """From now on a variable has the masks of another one, which may have none yet."""
+    variable.leader = weakref.ref(leader)
+    leader.followers = [weakref.ref(v) for v in (*followers_of(leader), variable)]
+    topology = topology_of(leader)
+    if topology is not None:
+        topology.lead()
+
+
+def leader_of(variable):
+    """The variable whose masks a variable has, or `None`."""
+    reference = getattr(variable, "leader", None)
+    return None if reference is None else reference()
+
+
+def followers_of(variable):
+    """The variables that have the masks of a variable, each once: list."""
+    found = {id(v): v for v in (reference() for reference in getattr(variable, "followers", ()))}
+    return [v for v in found.values() if v is not None and leader_of(v) is variable]
 
 
 def forget_steps(variables):

@@ -318,6 +318,7 @@ class Mover:
                 other.follow(topology, before)
             for one in () if keeps_budget else (optimizer, *others):
                 one.weight_of(weight.variable).budget.assign(ops.cast(units, "int32"))
+            topology.lead()
             changed.append(new)
             active.append(now)
         counts = ops.maximum(sum(active), 1)
