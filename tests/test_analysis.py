@@ -1,4 +1,5 @@
 import math
+import re
 
 import keras
 import numpy as np
@@ -65,13 +66,45 @@ def test_summary_shows_what_was_decided(capsys):
     kso.summary(model())
     text = capsys.readouterr().out
     assert "conv (SparseConv2D)" in text and "3×3×2×8" in text
-    assert "BatchNormalization" in text and "72 / 144" in text
-    assert "masked weights: 112 of 256 weights active, sparsity 0.5625" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["conv"][2:] == ["3×3×2×8", "50.00%", "72", "1.30", "k", "BatchNorm"]
+    assert rows["depthwise"][2:4] == ["3×3×8×1", "dense,"]
+    assert rows["shared"][-1] == "none"
+    assert "masked weights: 112 of 256 active, sparsity 56.25%" in text
+    assert "all masked weights: structure Unstructured(); masked" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_summary_of_a_subclassed_model_has_no_flops(capsys):
     kso.summary(subclassed())
-    assert "8 / 16" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FLOPs" not in text and "masked weights: 8 of 16 active" in text
+
+
+def test_summary_cuts_nothing():
+    deep = keras.Sequential([keras.Input((4,))], name="deep")
+    names = [f"a_layer_with_a_name_that_is_much_longer_than_any_column_could_be_{i}" for i in "ab"]
+    for name in names:
+        deep.add(keras.layers.Dense(4, name=name))
+    kso.sparsify(deep, 0.5, structure={names[0]: kso.Block(2, 1), names[1]: kso.NM(2, 4)})
+    text: list = []
+    kso.summary(deep, text.append)
+    joined = "".join(text[0].split())
+    assert max(map(len, text[0].splitlines())) <= 100
+    for part in (names[0][:20], names[1][-1], "Block(2,1)", "NM(2,4)", "(Dense)"):
+        assert part in joined
+    (column,) = {line.index("4×4") for line in text[0].splitlines() if "4×4" in line}
+    told = "".join(line[:column].strip() for line in text[0].splitlines()[3:])
+    assert all(name in told for name in names)
+
+
+def test_a_terminal_is_given_a_table_of_its_width(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "70")
+    kso.summary(model())
+    text = capsys.readouterr().out
+    assert "\x1b[1m" in text and "3×3×2×8" in text
+    assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", text).splitlines())) <= 70
 
 
 def test_flops_of_resnet50_match_the_known_dense_count():

@@ -844,15 +844,18 @@ def test_the_summary_says_in_which_form_and_why():
     text: list = []
     kso.summary(model, text.append)
     (text,) = text
-    rows = {line.split()[0]: line for line in text.splitlines() if line}
-    assert "balanced=True), of 50 as 64 do not divide 100" in rows["hundred"]
-    assert "condensed" in rows["hundred"] and "masked" in rows["head"]
-    why = rows["masked,"]
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[::-1] if line.strip()}
+    assert rows["hundred"][-1] == "C" and rows["head"][-1] == "M"
+    assert "form: M masked, C condensed" in text
+    joined = " ".join(text.split())
+    why = joined[joined.index("masked, not condensed:") :]
     assert "lstm/lstm_cell (LSTMCell cannot be condensed)" in why
     assert "head (64 neurons do not divide its 10)" in why
     assert "constrained (it has a constraint)" in why
     found = {row["name"]: row for row in kso.layer_costs(model)}
     assert found["hundred"]["form"] == "condensed" and found["head"]["form"] == "masked"
+    told = found["hundred"]["structure"]
+    assert told == "Block(1, 64, balanced=True), of 50 as 64 do not divide 100"
 
 
 # ---------------------------------------------------------------------- refused

@@ -4,6 +4,7 @@ Clone, freeze, thaw, compile again, optimizers of one's own, short trainings, se
 ends dense without a word.
 """
 
+import ast
 import gc
 import warnings
 
@@ -990,6 +991,9 @@ def test_what_no_mask_covers_is_told(capsys):
     text = capsys.readouterr().out
     assert "2.9% of the 6,180 weights of rank ≥ 2 have a mask" in text
     assert "without a mask: " in text and "embeddings (6,000, embedding)" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("to mask these, too: "))
+    kso.sparsify(kso.strip(model), 0.5, include=ast.literal_eval(line.split("include=")[1]))
+    assert len(kso.sparse_weights(model)) == 2
 
 
 # ---------------------------------------------------------------------- 13 steps

@@ -35,6 +35,7 @@ _PLAIN = {
     sparse.SparseConv3D: keras.layers.Conv3D,
     sparse.SparseEinsumDense: keras.layers.EinsumDense,
 }
+NO_MASK_YET = "no mask yet"
 _DISTRIBUTIONS = {
     "uniform": distributions.uniform,
     "er": distributions.er,
@@ -221,6 +222,11 @@ def maskable(model, include=(), exclude=()):
 def stays_dense(kernel):
     """Why `sparsify` leaves a kernel dense unless it is included: string, `""` if it does not."""
     return kernel.why_not or ("" if kernel.variable.trainable else "frozen")
+
+
+def why_dense(kernel, has_masks):
+    """Why a kernel of a model, which has masks or none at all, has none: string."""
+    return stays_dense(kernel) or ("excluded" if has_masks else NO_MASK_YET)
 
 
 def structures_of(model, kernels, structure, default=None):
@@ -605,7 +611,8 @@ def masked_share(model):
     kernels = kernels_of(model)
     masked = sum(k.size for k in kernels if topology_of(k.variable) is not None)
     dense = [k for k in kernels if topology_of(k.variable) is None]
-    rows = [(k.variable.path, k.size, stays_dense(k) or "excluded") for k in dense]
+    has_masks = masked > 0
+    rows = [(k.variable.path, k.size, why_dense(k, has_masks)) for k in dense]
     total = masked + sum(size for _, size, why in rows if why != "frozen")
     return masked, total, sorted(rows, key=lambda row: -row[1])
 

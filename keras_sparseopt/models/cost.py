@@ -1,18 +1,24 @@
 """What a sparse model costs: active weights and FLOPs per layer."""
 
+import io
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
 from keras import layers as keras_layers
 
 from keras_sparseopt.backend import host
 from keras_sparseopt.models.condensing import why_masked
-from keras_sparseopt.models.conversion import masked_share, stays_dense, told_dense
+from keras_sparseopt.models.conversion import NO_MASK_YET, masked_share, told_dense, why_dense
 from keras_sparseopt.models.graph import Following
 from keras_sparseopt.models.kernels import NO_PRODUCT, kernels_of
-from keras_sparseopt.models.topology import shape_of, topology_of
+from keras_sparseopt.models.topology import shape_of, sparse_weights, topology_of
 from keras_sparseopt.structures import Block
 
 
@@ -48,12 +54,12 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
     assert row["flops_dense"] == 2 * 108 * 36 and row["flops_sparse"] == 2 * 54 * 36
     ```
     """
-    following, rows = Following(model), []
+    following, rows, has_masks = Following(model), [], bool(sparse_weights(model))
     for kernel in kernels_of(model):
         topology = topology_of(kernel.variable)
         active, why, feeds, moved = kernel.size, "", "", 0
         if topology is None:
-            why = stays_dense(kernel) or "excluded"
+            why = why_dense(kernel, has_masks)
             if why in ("embedding", NO_PRODUCT):
                 continue
         else:
@@ -141,12 +147,26 @@ def _einsum_positions(layer, graph):
     return total
 
 
-def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
-    """Print what is sparse: one line per kernel, the totals, and what stays dense.
+_WIDTH = 100  # columns, at most
+
+
+def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) -> Any:
+    """Print what is sparse: one row per kernel, the totals, and what stays dense.
+
+    A column that says the same of every masked weight is a line below the table.
+
+    | column | what |
+    |---|---|
+    | sparsity, active | inactive share, and number of active weights; `dense` and why, without a mask |
+    | FLOPs | of the active weights, for one example |
+    | feeds | the normalization that follows, for which `SparseOpt` corrects unless it says otherwise |
+    | structure | of the mask |
+    | form | M: masked, the dense array is stored; C: condensed, active tiles only |
 
     Args:
         model: Built Keras model.
-        print_fn: Function that takes the table as one string, defaults to `print`.
+        print_fn: Function that takes the table as one string; `None` (default) prints it, as wide
+            as the terminal, up to 100 columns.
 
     Example:
 
@@ -157,62 +177,108 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] = print) -> Any:
     model = keras.Sequential([keras.Input((8, 8, 3)), kso.SparseConv2D(4, 3, sparsity=0.5)])
     kso.summary(model)
     ```
-    """
+    """  # noqa: E501
+    terminal = rich.console.Console()
+    width = min(_WIDTH, terminal.width) if terminal.is_terminal else _WIDTH
     rows = layer_costs(model)
-    header = ("weight", "kernel", "sparsity", "active / all", "structure", "form",
-              "feeds normalization", "corrected", "FLOPs dense", "FLOPs sparse")  # fmt: skip
-
-    def line(row):
-        corrected = {None: "–", True: "yes", False: "no"}[row["skew_correction"]]
-        dense = f"dense ({row['dense_because']})"
-        return (
-            f"{row['name']} ({row['type']})",
-            "×".join(map(str, row["shape"])),
-            dense if row["skew_correction"] is None else f"{row['sparsity']:.4f}",
-            f"{row['active_weights']:,} / {row['weights']:,}",
-            row["structure"] or "–",
-            row["form"] or "–",
-            row["normalization"] or "no",
-            corrected,
-            _si(row["flops_dense"]),
-            _si(row["flops_sparse"]),
-        )
-
-    table = [header, *(line(row) for row in rows)]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(header))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(cells, widths)).rstrip() for cells in table]
-    text.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-    text.append(text[1])
-    masked = [row for row in rows if row["skew_correction"] is not None]
-    for title, part in (("masked weights", masked), ("all kernels", rows)):
-        active, weights = (sum(row[k] for row in part) for k in ("active_weights", "weights"))
-        cost = f"{title}: {active:,} of {weights:,} weights active"
-        if weights:
-            cost += f", sparsity {1 - active / weights:.4f}"
-        flops = [(row["flops_dense"], row["flops_sparse"]) for row in part]
-        if flops and all(dense is not None for dense, _ in flops):
-            dense, sparse = (sum(pair) for pair in zip(*flops))
-            cost += f", FLOPs {_si(sparse)} of {_si(dense)} ({sparse / dense:.3f}×)"
-        text.append(cost)
+    table, same = _table(rows)
     masked_weights, every, dense = masked_share(model)
+    lines = [*same, *_totals(rows)]
     parameters = sum(math.prod(shape_of(variable)) for variable in model.trainable_variables)
     if every:
-        text.append(
+        lines.append(
             f"{masked_weights / every:.1%} of the {every:,} weights of rank ≥ 2 have a mask; "
             f"trainable parameters: {parameters:,}"
         )
+    dense = [row for row in dense if row[2] != NO_MASK_YET]
     if dense:
-        text.append(f"without a mask: {told_dense(dense)}")
+        lines.append(f"without a mask: {told_dense(dense)}")
+        missed = [path for path, _, why in dense if why in ("embedding", "depthwise", NO_PRODUCT)]
+        if missed:
+            named = ", ".join(f'"{path}"' for path in missed)
+            lines.append(f"to mask these, too: include=[{named}]")
+    masked = [row for row in rows if row["form"]]
     stays = [f"{r['name']} ({r['masked_because']})" for r in masked if r["masked_because"]]
     if stays and any(row["form"] == "condensed" for row in masked):
-        text.append(f"masked, not condensed: {'; '.join(stays)}")
+        lines.append(f"masked, not condensed: {'; '.join(stays)}")
     moved = [row["name"] for row in masked if row["moved"]]
     if moved:
-        text.append(
+        lines.append(
             "NOT HELD: inactive weights are not 0, something other than SparseOpt has moved them: "
             + ", ".join(moved)
         )
-    print_fn("\n".join(text))
+    told = [
+        textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in lines
+    ]
+    if print_fn is None and terminal.is_terminal:
+        terminal.print(table, width=width)
+        print("\n".join(told))
+        return
+    file = io.StringIO()
+    rich.console.Console(file=file, width=width).print(table)
+    text = [line.rstrip() for line in file.getvalue().splitlines()]
+    (print_fn or print)("\n".join([*text, *told]))
+
+
+def _table(rows):
+    """The rows as a table, and lines that say what is the same in all of them."""
+    columns = {
+        "weight": [f"{row['name']} ({row['type']})" for row in rows],
+        "kernel": ["×".join(map(str, row["shape"])) for row in rows],
+        "sparsity": [
+            f"{row['sparsity']:.2%}" if row["form"] else f"dense, {row['dense_because']}"
+            for row in rows
+        ],
+        "active": [f"{row['active_weights']:,}" for row in rows],
+        "FLOPs": [_si(row["flops_sparse"]) for row in rows],
+        "feeds": [_feeds(row) for row in rows],
+        "structure": [row["structure"] or "–" for row in rows],
+        "form": [{"masked": "M", "condensed": "C", None: "–"}[row["form"]] for row in rows],
+    }
+    same = []
+    for name in ("feeds", "structure", "form"):
+        found = {cell for cell, row in zip(columns[name], rows) if row["form"]}
+        if len(found) <= 1:
+            del columns[name]
+            full = {"M": "masked", "C": "condensed", "none": "no normalization"}
+            same += [f"{name} {full.get(cell, cell)}" for cell in found]
+    if all(row["flops_sparse"] is None for row in rows):
+        del columns["FLOPs"]
+    lines = ["all masked weights: " + "; ".join(same).replace("form ", "")] if same else []
+    if "form" in columns:
+        lines.append("form: M masked, C condensed")
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        is_text = name in ("weight", "structure", "feeds")
+        justify: Any = "right" if name in ("active", "FLOPs") else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not is_text)
+    for cells in zip(*columns.values()):
+        table.add_row(*map(rich.markup.escape, cells))
+    return table, lines
+
+
+def _feeds(row):
+    if not row["form"]:
+        return "–"
+    feeds = (row["normalization"] or "none").replace("Normalization", "Norm")
+    if bool(row["normalization"]) == row["skew_correction"]:
+        return feeds
+    return f"{feeds}, {'corrected' if row['skew_correction'] else 'not corrected'}"
+
+
+def _totals(rows):
+    lines = []
+    for title, part in (("masked weights", [r for r in rows if r["form"]]), ("all kernels", rows)):
+        active, weights = (sum(row[k] for row in part) for k in ("active_weights", "weights"))
+        cost = f"{title}: {active:,} of {weights:,} active"
+        if weights:
+            cost += f", sparsity {1 - active / weights:.2%}"
+        flops = [(row["flops_dense"], row["flops_sparse"]) for row in part]
+        if flops and all(dense is not None for dense, _ in flops):
+            dense, sparse = (sum(pair) for pair in zip(*flops))
+            cost += f", FLOPs {_si(sparse)} of {_si(dense)} ({sparse / dense:.1%})"
+        lines.append(cost)
+    return lines
 
 
 def _si(value):
