@@ -298,6 +298,24 @@ def test_a_callback_may_be_evaluated_first():
     model.evaluate(x, y, verbose=0, callbacks=[kso.RigL()])
 
 
+def test_what_hangs_on_weights_says_what_it_is():
+    model = network()
+    optimizer = model.optimizer
+    assert repr(kso.SparseOpt("sgd")) == "<SparseOpt around <SGD>, not built>"
+    wrapped = repr(kso.SparseOpt(kso.HAM("adam")))
+    assert wrapped == "<SparseOpt around <HAM around <Adam>>, not built>"
+    optimizer.build(model.trainable_variables)
+    weights = kso.sparse_weights(model)
+    active = sum(weight.topology.num_active() for weight in weights)
+    sparsity = 1 - active / sum(array(weight).size for weight in weights)
+    told = f"{len(weights)} sparse weights, {sparsity:.2%} sparse"
+    assert repr(optimizer) == f"<SparseOpt around <Adam>, {told}>"
+    topology = weights[0].topology
+    shape = "×".join(map(str, topology.shape))
+    expected = f"'{topology.name}': {shape}, {topology.sparsity:.2%} sparse, Unstructured(), masked"
+    assert repr(topology) == f"<Topology of {expected}>"
+
+
 def test_moved_weights_are_told(capsys):
     model = network()
     weight = kso.sparse_weights(model)[0]

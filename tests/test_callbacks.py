@@ -17,6 +17,26 @@ from helpers import (
 
 import keras_sparseopt as kso
 
+REPRS = {
+    "RigL(update_every=100)": lambda: kso.RigL(),
+    "RigL(update_every=5, drop_fraction=0.5, end_step=90, layers=('a',), seed=3)": lambda: kso.RigL(
+        5, 0.5, end_step=90, seed=3, layers=["a"]
+    ),
+    "GMP(final_sparsity=0.8, update_every=100, scope='global')": lambda: kso.GMP(
+        0.8, scope="global"
+    ),
+    "Static()": lambda: kso.Static(),
+    "GradientFlow(every=7)": lambda: kso.GradientFlow(7),
+    "Own(update_every=2)": lambda: type("Own", (kso.DynamicSparseTraining,), {})(2),
+}
+
+
+@pytest.mark.parametrize("told", REPRS)
+def test_methods_say_what_they_are(told):
+    found = repr(REPRS[told]())
+    parts = [sorted(text[:-1].partition("(")[2].split(", ")) for text in (found, told)]
+    assert parts[0] == parts[1] and found.partition("(")[0] == told.partition("(")[0]
+
 
 def sgd(**kwargs):
     return kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9), **kwargs)

@@ -49,7 +49,12 @@ def same(a, b):
 def test_a_packed_model_is_the_same_and_small(tmp_path):
     model = train(network())
     before = bits(model.get_weights())
-    kso.save_packed(model, tmp_path / "m.ksp")
+    written = kso.save_packed(model, tmp_path / "m.ksp")
+    assert written.path == tmp_path / "m.ksp" and written.size == written.path.stat().st_size
+    # Random generators of layers are in the file, and no weights.
+    assert 0 <= written.dense_size - sum(w.nbytes for w in model.get_weights()) <= 16
+    assert written.ratio == written.dense_size / written.size > 0.1
+    assert f"{written.size:,} bytes" in str(written)
     model.save(tmp_path / "m.keras")
     assert bits(model.get_weights()) == before and model.optimizer.built
     loaded = kso.load_packed(tmp_path / "m.ksp")

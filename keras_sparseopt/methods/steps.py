@@ -1,5 +1,6 @@
 """What happens at certain optimizer steps: a callback that counts them, in `fit` and elsewhere."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from keras_sparseopt.models.conversion import masked_share, told_dense
 from keras_sparseopt.models.topology import is_named, leader_of, sparse_weights
 from keras_sparseopt.optimizers.moving import is_written
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+from keras_sparseopt.typing import SeededSchedule
 
 # Compiling a step without kept gradients pays off, if so many steps are left to gain by it.
 _STEPS_WORTH_COMPILING = 20_000
@@ -92,6 +94,22 @@ class StepCallback(keras.callbacks.Callback):
 
     def _new_run(self):
         return Run(Schedule(*self._when, self.ends_with_update))
+
+    def __repr__(self) -> str:
+        own, defaults = inspect.signature(type(self)).parameters, dict[str, Any]()
+        makers = [vars(kind).get("__init__") for kind in type(self).__mro__]
+        for parameters in (inspect.signature(make).parameters for make in makers if make):
+            defaults = {name: p.default for name, p in parameters.items()} | defaults
+        hands_on = any(p.kind is p.VAR_KEYWORD for p in own.values())
+        names = {*own, *(SeededSchedule.__annotations__ if hands_on else ())}
+        values = vars(self) | dict(zip((self.interval, "begin_step", "end_step"), self._when))
+        values["optimizer"] = self.optimizer_name
+        told = [
+            f"{name}={values[name]!r}"
+            for name, default in defaults.items()
+            if name in names & {*values} and (name == self.interval or values[name] != default)
+        ]
+        return f"{type(self).__name__}({', '.join(told)})"
 
     # ------------------------------------------------------------------ what a subclass is
 

@@ -123,6 +123,15 @@ class Topology:
             topology.change(topology.form.of_mask(mask))
             topology.set_budget()
 
+    def __repr__(self):
+        shape = "×".join(map(str, self.shape))
+        if self.is_open or keras_internals.is_absent(self.pattern):
+            known = "mask not known yet"
+        else:
+            known = f"{self.sparsity:.2%} sparse"
+        form = "condensed" if self.is_condensed else "masked"
+        return f"<Topology of '{self.name}': {shape}, {known}, {self.structure}, {form}>"
+
     @property
     def is_condensed(self):
         return self.tiles is not None

@@ -276,6 +276,16 @@ class SparseOpt(WrapperOptimizer):
                 stacklevel=4,
             )
 
+    def _told(self):
+        if not self.built:
+            return ", not built"
+        topologies = [w.topology for w in self.weights if not w.topology.is_open]
+        size = sum(math.prod(topology.shape) for topology in topologies)
+        if not size:
+            return ", no sparse weights"
+        active = sum(topology.num_active() for topology in topologies)
+        return f", {len(self.weights)} sparse weights, {1 - active / size:.2%} sparse"
+
     def trains_sparse(self, variable):
         """Whether a variable is one of its sparse weights."""
         return self._find(variable) is not None

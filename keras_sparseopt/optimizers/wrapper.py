@@ -55,6 +55,16 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
                     )
             inner_optimizer = getattr(inner_optimizer, "inner_optimizer", None)
 
+    def __repr__(self):
+        inner = self.inner_optimizer
+        if not isinstance(inner, WrapperOptimizer):
+            inner = f"<{type(inner).__name__}>"
+        return f"<{type(self).__name__} around {inner}{self._told()}>"
+
+    def _told(self):
+        """What `repr` says beside the inner optimizer."""
+        return ""
+
     # Not a property: Keras would save the optimizer once more under its name.
     def base_optimizer(self):
         """The innermost optimizer: the one that holds the slots and the step count."""
