@@ -138,6 +138,15 @@ def test_models_whose_outputs_or_numbers_do_not_fit_are_refused():
     assert not kso.sparse_weights(softmax) and not kso.sparse_weights(two)
 
 
+def test_a_progress_bar(capsys):
+    kso.prune_at_init(mlp(), 0.5, "synflow", iterations=3)
+    assert "3/3" in capsys.readouterr().out
+    kso.prune_at_init(mlp(), 0.5, "snip", data(), loss(), verbose=0)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="`verbose` must be"):
+        kso.prune_at_init(mlp(), 0.5, "synflow", verbose=True)
+
+
 def test_what_is_wrong_is_said_and_nothing_changes():
     model, (x, y) = mlp(), data()
     before = [array(v) for v in model.weights]

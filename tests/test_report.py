@@ -77,6 +77,16 @@ def test_report_of_a_history_shows_what_there_is(run, tmp_path):
         assert re.findall(r'<figure id="(\w+)">', text) == pictures
 
 
+def test_report_shows_a_progress_bar(run, tmp_path, capsys):
+    _, model, _, history = run
+    kso.report(history, model, tmp_path / "report", verbose=0)
+    assert capsys.readouterr().out == ""
+    kso.report(history, model, tmp_path / "report")
+    assert "/picture" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`verbose` must be"):
+        kso.report(history, model, tmp_path / "report", verbose=2)
+
+
 def test_report_without_graph_or_normalization(tmp_path):
     text = kso.report({"loss": [1.0]}, subclassed(), tmp_path).read_text()
     assert re.findall(r'<figure id="(\w+)">', text) == ["curves", "layers", "fan_in"]

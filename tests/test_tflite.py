@@ -1,8 +1,10 @@
 """TFLite files: small, run by the interpreter, and never wrong without a word."""
 
 import json
+import os
 import pathlib
 import re
+import sys
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ from keras import layers
 
 import keras_sparseopt as kso
 from keras_sparseopt.deployment import tflite
+from keras_sparseopt.deployment.convert import without_logs
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 tensorflow = pytest.mark.backend("tensorflow")
@@ -162,6 +165,7 @@ def test_what_is_wrong_is_said(tmp_path):
     for arguments, message in [
         ({"float16": 1}, "`float16` must be a bool"),
         ({"batch_size": 0}, "`batch_size` must be an int"),
+        ({"verbose": 2}, '`verbose` must be "auto", 0 or 1'),
         ({"batch_size": 2, "inputs": x}, "`batch_size` must be None with `inputs`"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -169,6 +173,31 @@ def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(TypeError, match="must be a Keras model"):
         kso.export_tflite("model", path)
     assert not path.exists()
+
+
+@tensorflow
+def test_a_progress_bar_and_nothing_else_is_printed(tmp_path, capfd):
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(32)])
+    kso.sparsify(model, 0.75, structure=kso.Block(4, 1))
+    capfd.readouterr()
+    kso.export_tflite(model, tmp_path / "m.tflite", verbose=0)
+    kso.sparse_inference_report(model, verbose=0)
+    assert capfd.readouterr() == ("", "")
+    kso.export_tflite(model, tmp_path / "m.tflite")
+    kso.sparse_inference_report(model)
+    out, err = capfd.readouterr()
+    assert "4/4" in out and "2/2" in out and err == ""
+
+
+def test_what_is_no_log_line_is_written_all_the_same(capfd):
+    with pytest.raises(ZeroDivisionError), without_logs():
+        os.write(2, b"I0000 00:00:1 port.cc] on\nWARNING: All log messages before x\nan error\n")
+        print("Python's", file=sys.stderr)
+        1 / 0  # noqa: B018
+    os.write(2, b"afterwards\n")
+    lines = capfd.readouterr().err.splitlines()
+    assert "an error" in lines and "afterwards" in lines
+    assert not any("port.cc" in line or "All log" in line for line in lines)
 
 
 @pytest.mark.backend("jax")

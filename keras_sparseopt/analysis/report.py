@@ -16,6 +16,7 @@ from keras_sparseopt.analysis.monitors import LOG_FILE, GradientFlow, read_log
 from keras_sparseopt.keras_internals import functional_of
 from keras_sparseopt.models.topology import sparse_weights
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
+from keras_sparseopt.progress import Verbose, check_verbose, progress
 from keras_sparseopt.typing import Path
 
 _TOPOLOGY = {
@@ -34,6 +35,7 @@ def report(
     directory: Path = "report",
     gradient_flow: Any = None,
     title: str | None = None,
+    verbose: Verbose = "auto",
 ) -> pathlib.Path:
     """Writes a page about a sparse training: pictures as PNG files, and all of it as one HTML file.
 
@@ -51,6 +53,7 @@ def report(
         gradient_flow: The `GradientFlow` that measured, or `None` (default) for that of the
             folder, if there is one.
         title: String; `None` (default) for the model's name.
+        verbose: `"auto"` (default) or 1 for a progress bar over the pictures, 0 for none.
 
     Returns:
         `pathlib.Path` of the page, `<directory>/index.html`. It needs no other file.
@@ -96,12 +99,15 @@ def report(
     if gradient_flow is not None:
         measured = gradient_flow.history
     _require_matplotlib()
+    check_verbose(verbose)
     rows = measures.connectivity(model)
-    pictures = {}
-    for name, (caption, figure) in _figures(logs, measured, model, rows).items():
+    figures, pictures = _figures(logs, measured, model, rows), {}
+    bar = progress(len(figures), verbose, "picture")
+    for name, (caption, figure) in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=150, format="png")
         pictures[name] = caption, buffer.getvalue()
+        bar.add(1)
     text = _page(title or model.name, _facts(logs, model, rows), pictures, _table(rows))
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,9 @@
 """From a Keras model to the bytes of a TFLite file."""
 
 import contextlib
+import os
+import re
+import sys
 import tempfile
 import warnings
 
@@ -88,8 +91,34 @@ def exported(model, inputs):
         lambda x: tf.TensorSpec(x.shape, x.dtype, next(names)), inputs
     )
     with tempfile.TemporaryDirectory() as directory:
-        model.export(directory, format="tf_saved_model", verbose=False, input_signature=[signature])
+        with without_logs():
+            model.export(
+                directory, format="tf_saved_model", verbose=False, input_signature=[signature]
+            )
         yield directory
+
+
+# What TensorFlow's libraries and Python write: `W0000 00:00:17…`, `INFO:tensorflow:…`.
+_LOG_LINE = re.compile(
+    rb"[IW]\d{4} |INFO:|WARNING: All log messages before|\d{4}-\d\d-\d\d .*: [IW] "
+)
+
+
+@contextlib.contextmanager
+def without_logs():
+    """Without the lines that TensorFlow logs, below errors; all else is written afterwards."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as caught:
+        kept = os.dup(2)
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            caught.seek(0)
+            os.write(2, b"".join(line for line in caught if not _LOG_LINE.match(line)))
+            os.close(kept)
 
 
 def converted(directory, values="float32", sparse=True):
@@ -102,7 +131,8 @@ def converted(directory, values="float32", sparse=True):
         converter.optimizations.append(tf.lite.Optimize.DEFAULT)
     if values == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    return converter.convert()
+    with without_logs():
+        return converter.convert()
 
 
 def make_interpreter(content, threads=1):
@@ -112,5 +142,6 @@ def make_interpreter(content, threads=1):
     with warnings.catch_warnings():  # that it has moved to the other package
         warnings.filterwarnings("ignore", message="(?s).*tf.lite.Interpreter is deprecated")
         interpreter = tf.lite.Interpreter(model_content=content, num_threads=threads)
-    interpreter.allocate_tensors()
+    with without_logs():
+        interpreter.allocate_tensors()
     return interpreter

@@ -19,6 +19,7 @@ from keras_sparseopt.deployment.convert import (
 from keras_sparseopt.deployment.copies import plain_form
 from keras_sparseopt.deployment.measuring import milliseconds
 from keras_sparseopt.models.products import Letters, active_values, equation_of
+from keras_sparseopt.progress import Verbose, check_verbose, progress
 
 _UNARY = {
     "ABS", "CEIL", "ELU", "FLOOR", "HARD_SWISH", "LEAKY_RELU", "LOGISTIC", "NEG", "PRELU", "RELU",
@@ -70,7 +71,9 @@ class SparseInference:
         return "\n".join(lines)
 
 
-def sparse_inference_report(model: keras.Model, inputs: Any = None) -> SparseInference:
+def sparse_inference_report(
+    model: keras.Model, inputs: Any = None, verbose: Verbose = "auto"
+) -> SparseInference:
     """Say which sparse engines will take a model, and what is in the way of those that will not.
 
     Two engines that come with TFLite compute without the zeros: XNNPACK's for 1×1 convolutions, in
@@ -84,6 +87,7 @@ def sparse_inference_report(model: keras.Model, inputs: Any = None) -> SparseInf
     Args:
         model: Built Keras model, as for `export_tflite`. TensorFlow backend only.
         inputs: As for `export_tflite`.
+        verbose: `"auto"` (default) or 1 to count what is converted and measured, 0 for nothing.
 
     Returns:
         `SparseInference`.
@@ -109,13 +113,25 @@ def sparse_inference_report(model: keras.Model, inputs: Any = None) -> SparseInf
         assert not found.xnnpack and "first" in found.problems[0]
     ```
     """
+    check_verbose(verbose)
     inputs, model = check_exportable(model, inputs), plain_form(model)
     with exported(model, inputs) as directory:
-        return read_file(converted(directory), model, measure=True)
+        content = converted(directory)
+    number = list(read_file(content, model).dense_layers.values()).count("blocks")
+    bar = progress(1 + number, verbose)
+    bar.add(1)
+    return read_file(content, model, measured=lambda: bar.add(1))
 
 
-def read_file(content, model, measure=False):
-    """`SparseInference` of the bytes of a TFLite file; the model is for its layers' names."""
+def read_file(content, model, measured=None):
+    """`SparseInference` of the bytes of a TFLite file.
+
+    Args:
+        content: Bytes.
+        model: Keras model, for its layers' names.
+        measured: Function that is called when a dense layer in blocks has been measured; `None`
+            (default) to measure none.
+    """
     graph = _Graph(content, model)
     problems, cluster = _cluster(graph)
     in_part = bool(cluster and problems)
@@ -133,20 +149,21 @@ def read_file(content, model, measure=False):
             "More than two thirds of the weights of all 1×1 convolutions must be 0: "
             f"{zeros:.1%} are."
         )
-    dense, speedups, measured = dict[str, str](), dict[str, float](), dict[tuple, float]()
+    dense, speedups, known = dict[str, str](), dict[str, float](), dict[tuple, float]()
     for op in graph.operations:
         if op.kind == _DENSE and graph.is_constant(op.inputs[1]):
             same = sum(name.partition(" (")[0] == op.name for name in dense)
             name = f"{op.name} ({same + 1})" if same else op.name  # nested models have such names
             dense[name] = graph.how(op.inputs[1])
-            if measure and dense[name] == "blocks":
+            if measured is not None and dense[name] == "blocks":
                 neurons, inputs = graph.shape(op.inputs[1])
                 matrix = graph.matrix(op, inputs, neurons)
                 rows = math.prod(graph.shape(op.inputs[0])) // inputs
                 if matrix is not None:
                     key = matrix.tobytes(), rows
-                    measured[key] = measured.get(key) or _speedup(matrix, rows)
-                    speedups[name] = measured[key]
+                    known[key] = known.get(key) or _speedup(matrix, rows)
+                    speedups[name] = known[key]
+                measured()
     is_taken = bool(cluster) and not problems
     return SparseInference(is_taken, in_part, float(zeros), problems, dense, speedups)
 

@@ -24,6 +24,7 @@ from keras_sparseopt.deployment.measuring import relative_difference
 from keras_sparseopt.files import check_place, write_aside
 from keras_sparseopt.models.products import active_values
 from keras_sparseopt.models.topology import topology_of
+from keras_sparseopt.progress import Verbose, check_verbose, progress
 from keras_sparseopt.typing import Path
 
 # How much outputs may differ, in parts of the largest one.
@@ -71,6 +72,7 @@ def export_tflite(
     float16: bool = False,
     batch_size: int | None = None,
     inputs: Any = None,
+    verbose: Verbose = "auto",
 ) -> TFLiteFile:
     """Write a `.tflite` file with the sparse weights stored sparse, for inputs of one size.
 
@@ -89,6 +91,7 @@ def export_tflite(
         inputs: A batch of inputs, of the shapes that the file shall take; they are what outputs
             are compared on. `None` (default): of the shapes of the model's inputs, drawn from a
             normal distribution, integers 0 or 1.
+        verbose: `"auto"` (default) or 1 for a progress bar, 0 for none.
 
     Returns:
         `TFLiteFile`.
@@ -115,6 +118,7 @@ def export_tflite(
     ```
     """
     check_bool("float16", float16)
+    check_verbose(verbose)
     if batch_size is not None:
         check_int("batch_size", batch_size, 1)
         if inputs is not None:
@@ -125,9 +129,15 @@ def export_tflite(
     check_place(path)
     inputs, model = check_exportable(model, inputs, batch_size or 1), plain_form(model)
     values = "float16" if float16 else "float32"
+    bar = progress(4, verbose)
     with exported(model, inputs) as directory:
-        dense, sparse = converted(directory, sparse=False), converted(directory, values)
+        bar.add(1)
+        dense = converted(directory, sparse=False)
+        bar.add(1)
+        sparse = converted(directory, values)
+        bar.add(1)
     difference = _largest_difference(model, sparse, inputs, values)
+    bar.add(1)
     if not float16:
         _warn_of_wrong_outputs(read_file(sparse, model))
     found, missing = _match(model, _stored(sparse))

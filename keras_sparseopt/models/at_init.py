@@ -16,6 +16,7 @@ from keras_sparseopt.models.conversion import (
     structures_of,
 )
 from keras_sparseopt.models.pruning import best, check_finite, ranked_together
+from keras_sparseopt.progress import Verbose, check_verbose, progress
 from keras_sparseopt.structures import StructureRules
 from keras_sparseopt.typing import Rules, SkewCorrection
 
@@ -35,6 +36,7 @@ def prune_at_init(
     exclude: Rules = (),
     structure: StructureRules = None,
     skew_correction: SkewCorrection = "auto",
+    verbose: Verbose = "auto",
 ) -> keras.Model:
     """Make a model sparse, in place, by what its untrained weights say.
 
@@ -62,6 +64,7 @@ def prune_at_init(
             one that the model was compiled with. `"grasp"` needs outputs that are logits.
         iterations: Int, of `"synflow"`, defaults to 100.
         include, exclude, structure, skew_correction: As in `sparsify`.
+        verbose: `"auto"` (default) or 1 for a progress bar over the iterations, 0 for none.
 
     Returns:
         The model.
@@ -86,7 +89,7 @@ def prune_at_init(
     ])
     x, y = np.random.rand(64, 20), np.random.randint(0, 4, 64)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    kso.prune_at_init(model, 0.9, "snip", (x, y), loss)
+    kso.prune_at_init(model, 0.9, "snip", (x, y), loss, verbose=0)
     model.compile(kso.SparseOpt("sgd"), loss)
     model.fit(x, y, verbose=0)
     ```
@@ -104,6 +107,7 @@ def prune_at_init(
             f'`method` must be "snip", "grasp" or "synflow". Received: method={method!r}'
         )
     check_int("iterations", iterations, 1)
+    check_verbose(verbose)
     if data is not None and not (isinstance(data, tuple) and len(data) == 2):
         raise ValueError(f"`data` must be a tuple (x, y), one batch. Received: {type(data)}")
     kernels = maskable(model, include, exclude)
@@ -112,10 +116,12 @@ def prune_at_init(
     structures = structures_of(model, kernels, structure)
     for own in structures.values():
         own.check_sparsity(sparsity)
+    bar = progress(iterations if method == "synflow" else 1, verbose, "iteration")
     if method == "synflow":
-        found = _synflow(model, kernels, structures, data, sparsity, iterations)
+        found = _synflow(model, kernels, structures, data, sparsity, iterations, bar)
     else:
         scores = _sensitivity(model, kernels, method, data, loss)
+        bar.add(1)
         found = _best(kernels, structures, scores, sparsity)
     attach_all(model, kernels, found, skew_correction, structures)
     return model
@@ -160,7 +166,7 @@ def _loss_function(model, loss, method):
     return mean
 
 
-def _synflow(model, kernels, structures, data, sparsity, iterations):
+def _synflow(model, kernels, structures, data, sparsity, iterations, bar):
     inputs = _inputs(model, data)
     kept = {id(kernel.variable) for kernel in kernels}
     others = [v for v in model.trainable_variables if id(v) not in kept]
@@ -185,6 +191,7 @@ def _synflow(model, kernels, structures, data, sparsity, iterations):
             )
         reached = sparsity if k == iterations else 1 - (1 - sparsity) ** (k / iterations)
         found = _best(kernels, structures, scores, reached)
+        bar.add(1)
     return found
 
 

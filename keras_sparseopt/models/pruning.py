@@ -23,6 +23,7 @@ from keras_sparseopt.models.conversion import (
 )
 from keras_sparseopt.models.kernels import CONVOLUTIONS
 from keras_sparseopt.models.products import Letters
+from keras_sparseopt.progress import Verbose, check_verbose, progress
 from keras_sparseopt.structures import ConstantFanIn, StructureRules, shared_budget
 from keras_sparseopt.typing import Distribution, Rules, SkewCorrection, Sparsities
 
@@ -41,7 +42,7 @@ def prune(
     exclude: Rules = (),
     structure: StructureRules = None,
     skew_correction: SkewCorrection = "auto",
-    verbose: Literal["auto", 0, 1] = "auto",
+    verbose: Verbose = "auto",
 ) -> keras.Model:
     """Make a trained model sparse, in place: the best of its weights stay, all others become 0.
 
@@ -110,8 +111,7 @@ def prune(
     check_built(model)
     check_among("method", method, ("magnitude", "wanda"))
     check_among("scope", scope, ("layer", "global"))
-    if verbose not in ("auto", 0, 1):
-        raise ValueError(f'`verbose` must be "auto", 0 or 1. Received: verbose={verbose!r}')
+    check_verbose(verbose)
     is_by_data = method == "wanda"
     if is_by_data == (data is None):
         needed = "must be given for" if is_by_data else "is not for"
@@ -207,14 +207,14 @@ def _input_norms(model, kernels, data, verbose):
             f'`exclude`, or take "magnitude". Received: {", ".join(unknown)}'
         )
     batches, number = _batches(data)
-    bar = keras.utils.Progbar(number, verbose=int(verbose != 0), unit_name="batch")
+    bar = progress(number, verbose, "batch")
     sums: dict[int, Any] = {}
     with contextlib.ExitStack() as stack:
         for kernel in kernels:
             stack.enter_context(_told_inputs(kernel.layer, sums))
-        for i, inputs in enumerate(batches):
+        for inputs in batches:
             model(inputs, training=False)
-            bar.update(i + 1)
+            bar.add(1)
     unseen = [k.variable.path for k in kernels if not np.any(sums.get(id(k.layer), 0))]
     if unseen:
         raise ValueError(
