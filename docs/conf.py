@@ -1,6 +1,7 @@
 """The documentation site: `make docs` builds it, and runs every Python block of every page."""
 
 import inspect
+import operator
 import pathlib
 import re
 import textwrap
@@ -87,42 +88,163 @@ def as_restructured_text(app, what, name, item, options, lines):
     lines[:] = text.split("\n")
 
 
-GROUPS = {
-    "Make a model sparse": "sparsify set_mask masks_from_zeros prune_at_init condense uncondense "
-    "strip",
-    "Layers sparse by construction": "SparseDense SparseConv1D SparseConv2D SparseConv3D "
-    "SparseEinsumDense SparseHeNormal",
-    "Optimizers": "SparseOpt HAM",
-    "Methods": "DynamicSparseTraining RigL SET MEST SNFS Static GMP GraNet SRigL",
-    "Structures": "Unstructured Block NM ConstantFanIn",
-    "Look at it": "summary layer_costs sparse_weights sparse_layers connectivity GradientFlow "
-    "report itop_rate effective_gradient_flow gradient_flow gradient_skew measured_skew "
-    "mask_overlap",
-    "After training": "export_tflite sparse_inference_report save_packed load_packed "
-    "csr_matrices compact",
-    "Several devices, and resuming": "resolve_strategy fit_distributed assert_replicas_agree "
-    "BackupAndRestore",
-    "Arithmetic": "uniform er erk drop_and_grow",
-}
+_HOOKS = "scores values new_mask grown plan is_due is_over lease current_drop_fraction"
+_LOOP = "begin step end stateless_step update_masks"
+# page → its title, the guides that lead there, and its entries: public names or what they return,
+# each with the methods and properties that are shown.
+GROUPS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "sparse": (
+        "Make a model sparse, and back",
+        "models structures faster",
+        {
+            name: ""
+            for name in (
+                "sparsify", "prune", "prune_at_init", "masks_from_zeros", "set_mask", "follow",
+                "strip", "condense", "uncondense",
+            )
+        },
+    ),
+    "layers": (
+        "Layers sparse by construction",
+        "models faster",
+        {
+            **dict.fromkeys(
+                "SparseDense SparseConv1D SparseConv2D SparseConv3D SparseEinsumDense".split(),
+                "kernel_mask sparsity neuron_sparsity",
+            ),
+            "SparseHeNormal": "",
+        },
+    ),
+    "optimizers": (
+        "Optimizers",
+        "tutorial choosing",
+        {
+            "SparseOpt": "sparse_weights itop_rate dead_neurons rewire lease_gradients",
+            "HAM": "",
+        },
+    ),
+    "methods": (
+        "Methods",
+        "choosing loops watching",
+        {
+            "DynamicSparseTraining": f"{_LOOP} {_HOOKS}",
+            **dict.fromkeys("RigL SET MEST SNFS Static GMP GraNet SRigL".split(), ""),
+        },
+    ),
+    "structures": (
+        "Structures",
+        "structures faster",
+        {
+            **dict.fromkeys("Unstructured Block NM ConstantFanIn".split(), ""),
+            "structures.Structure": "unit_shape cut join group_axes group_sizes fewest allowed "
+            "nearest is_finished check_sparsity",
+        },
+    ),
+    "look": (
+        "Look at it",
+        "watching models",
+        {
+            "summary": "", "layer_costs": "", "sparse_weights": "", "sparse_layers": "",
+            "models.topology.Topology": "mask kernel sparsity neuron_sparsity num_active",
+            "connectivity": "", "GradientFlow": "", "report": "", "itop_rate": "",
+            "effective_gradient_flow": "", "gradient_flow": "", "gradient_skew": "",
+            "measured_skew": "", "mask_overlap": "",
+        },
+    ),
+    "deployment": (
+        "After training",
+        "deployment",
+        {
+            "export_tflite": "", "deployment.tflite.TFLiteFile": "",
+            "sparse_inference_report": "", "deployment.engines.SparseInference": "",
+            "save_packed": "", "deployment.packed.PackedFile": "", "load_packed": "",
+            "compact": "", "deployment.compaction.CompactedModel": "", "csr_matrices": "",
+        },
+    ),
+    "devices": (
+        "Several devices, and resuming",
+        "devices",
+        {
+            "resolve_strategy": "", "backend.Devices": "", "fit_distributed": "",
+            "assert_replicas_agree": "", "BackupAndRestore": "",
+        },
+    ),
+    "arithmetic": (
+        "Arithmetic",
+        "choosing",
+        dict.fromkeys("uniform er erk drop_and_grow".split(), ""),
+    ),
+}  # fmt: skip
+
+
+def entry_of(name):
+    """What an entry stands for."""
+    return operator.attrgetter(name)(kso)
+
+
+def first_line(item):
+    return inspect.cleandoc(item.__doc__).partition("\n")[0]
 
 
 def write_reference(app):
-    """reference.md from the public names: each once, in its group."""
-    grouped = [name for names in GROUPS.values() for name in names.split()]
-    if sorted(grouped) != sorted(kso.__all__):
-        raise ValueError(f"GROUPS and __all__ differ: {set(grouped) ^ set(kso.__all__)}")
-    text = "# Reference\n\nEvery public name, as its docstring describes it.\n"
-    for group, names in GROUPS.items():
-        text += f"\n## {group}\n"
-        for name in names.split():
-            kind = "autoclass" if inspect.isclass(getattr(kso, name)) else "autofunction"
-            text += f"\n### `{name}`\n\n```{{eval-rst}}\n.. {kind}:: keras_sparseopt.{name}\n```\n"
-    path = ROOT / "docs" / "reference.md"
+    """A page for each group, each public name and its methods once, and a list of all of them."""
+    folder = ROOT / "docs" / "reference"
+    folder.mkdir(exist_ok=True)
+    index = "# Reference\n\nEvery public name, as its docstring describes it.\n\n"
+    index += "| | |\n|---|---|\n"
+    for group, (title, guides, entries) in GROUPS.items():
+        links = ", ".join(f"[](../{guide}.md)" for guide in guides.split())
+        text = f"# {title}\n\nGuides: {links}. [All names](../reference.md).\n"
+        for name, members in entries.items():
+            short = name.rpartition(".")[2]
+            is_class = inspect.isclass(entry_of(name))
+            text += f"\n## `{short}`\n\n```{{eval-rst}}\n"
+            text += f".. {'autoclass' if is_class else 'autofunction'}:: keras_sparseopt.{name}\n"
+            if members:
+                text += f"   :members: {', '.join(members.split())}\n   :inherited-members:\n"
+            text += "```\n"
+            line = first_line(entry_of(name)).replace("|", "\\|")
+            index += f"| [`{short}`](reference/{group}.md#{short.lower()}) | {line} |\n"
+        write_if_new(folder / f"{group}.md", text)
+    pages = "\n".join(f"reference/{group}" for group in GROUPS)
+    index += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
+    write_if_new(ROOT / "docs" / "reference.md", index)
+
+
+def write_if_new(path, text):
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
+_NAMED = re.compile(r"(?<![\[`])`(?:kso\.)?(\w+)(?:\([^`]*\))?`(?![\]`])")
+
+
+def link_names(app, docname, source):
+    """In a guide, the first mention of each public name leads to its entry in the reference."""
+    if docname.startswith("reference") or docname in ("changelog", "design"):
+        return
+    places = {
+        name.rpartition(".")[2]: f"reference/{group}.md#{name.rpartition('.')[2].lower()}"
+        for group, (_, _, entries) in GROUPS.items()
+        for name in entries
+    }
+
+    def linked(found):
+        place = places.pop(found[1], None)
+        return found[0] if place is None else f"[{found[0]}]({place})"
+
+    parts = re.split(r"(?ms)(^```.*?^```$)", source[0])
+    for i in range(0, len(parts), 2):
+        lines = parts[i].split("\n")
+        for j, line in enumerate(lines):
+            if not line.startswith("#"):
+                lines[j] = _NAMED.sub(linked, line)
+        parts[i] = "\n".join(lines)
+    source[0] = "".join(parts)
+
+
 def setup(app):
     app.connect("builder-inited", write_reference)
+    app.connect("source-read", link_names, priority=400)
     app.connect("source-read", make_notebook)
     app.connect("autodoc-process-docstring", as_restructured_text, priority=100)

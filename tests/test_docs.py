@@ -52,8 +52,28 @@ def test_every_public_name_is_in_the_reference_once(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import conf
 
-    grouped = [name for names in conf.GROUPS.values() for name in names.split()]
-    assert sorted(grouped) == sorted(kso.__all__)
+    entries = [name for _, _, names in conf.GROUPS.values() for name in names]
+    assert sorted(name for name in entries if "." not in name) == sorted(kso.__all__)
+    for _, _, names in conf.GROUPS.values():
+        for name, members in names.items():
+            for member in members.split():
+                assert getattr(conf.entry_of(name), member).__doc__, (name, member)
+
+
+def test_guides_lead_to_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import conf
+
+    text = [
+        "# `RigL`\n`kso.sparsify(model, 0.9)` and `RigL`; `sparsify`.\n"
+        "```python\n`SET`\n```\n[`SET`](x.md), `no_name`"
+    ]
+    conf.link_names(None, "tutorial", text)
+    assert text[0] == (
+        "# `RigL`\n[`kso.sparsify(model, 0.9)`](reference/sparse.md#sparsify) and "
+        "[`RigL`](reference/methods.md#rigl); `sparsify`.\n"
+        "```python\n`SET`\n```\n[`SET`](x.md), `no_name`"
+    )
 
 
 def test_docstrings_become_restructured_text(monkeypatch):

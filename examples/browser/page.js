@@ -113,9 +113,15 @@ function showResult(milliseconds, agree) {
   showFacts('sparse', sparse, times[1], slowest, largest);
   const both = agree.every(Boolean);
   const points = 100 * (sparse.test_accuracy - dense.test_accuracy);
-  $('#faster').textContent = both ? `${(times[0] / times[1]).toFixed(1)} ×` : '–';
-  $('#smaller').textContent = both ? `${(dense.size / sparse.size).toFixed(1)} ×` : '–';
-  $('#accuracy').textContent = both ? `${points < 0 ? '−' : '+'}${Math.abs(points).toFixed(1)}` : '–';
+  const figures = {
+    '#faster': [`${(times[0] / times[1]).toFixed(1)} ×`, times[0] < times[1]],
+    '#smaller': [`${(dense.size / sparse.size).toFixed(1)} ×`, dense.size < sparse.size],
+    '#accuracy': [`${points < 0 ? '−' : '+'}${Math.abs(points).toFixed(1)}`, points < 0],
+  };
+  for (const [id, [text, isLoss]] of Object.entries(figures)) {
+    $(id).textContent = both ? text : '–';
+    $(id).classList.toggle('loss', both && isLoss);
+  }
   if (!both) {
     say('A network computes something else than it was trained to: nothing to compare.', 'wrong');
     return;

@@ -57,6 +57,8 @@ test('both networks run, agree with the trained ones, and are compared', async (
   const [dense, sparse] = ABOUT.networks.map(({file}) => fs.statSync(path.join(HERE, 'models', file)).size);
   assert.equal(await text('#smaller'), `${(dense / sparse).toFixed(1)} ×`);
   assert.match(await text('#faster'), /^\d+\.\d ×$/);
+  const isLoss = await page.$eval('#accuracy', (element) => element.classList.contains('loss'));
+  assert.equal(isLoss, (await text('#accuracy')).startsWith('−'));
   assert.deepEqual(complaints, []);
   t.diagnostic(`${await text('#faster')} faster. ${says}`);
 });

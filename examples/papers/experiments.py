@@ -55,6 +55,15 @@ def convergence():
     }  # fmt: skip
 
 
+def price():
+    """What does sparsity cost, beside the dense network?"""
+    dense = {**MASKED, "method": "static", "sparsity": 0.0}
+    return {
+        f"{sparsity:.0%}": (dense, {**MASKED, "sparsity": sparsity})
+        for sparsity in (0.90, 0.95, 0.97, 0.98, 0.99)
+    }
+
+
 def learning_rate_and_decay():
     """Does the gain depend on the learning rate and the weight decay?"""
     return {
@@ -223,7 +232,7 @@ def named(*experiments):
 
 SCALES = {
     "small": Scale(
-        named(convergence, sparsity_and_budget, *SHARED), "experiments.json", proxy.DEFAULTS,
+        named(convergence, price, sparsity_and_budget, *SHARED), "experiments.json", proxy.DEFAULTS,
         proxy.made_up, proxy.load, 3, {"epochs": 1, "widths": (8,), "update_every": 5},
     ),
     "full": Scale(
