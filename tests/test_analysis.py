@@ -151,7 +151,7 @@ def test_gradient_skew_of_equal_fan_in_is_none():
 
 @pytest.mark.parametrize("shape, sparsity", [((3, 3, 64, 64), 0.95), ((1024, 512), 0.9)])
 def test_random_masks_turn_the_gradient_by_half_over_the_root_of_the_fan_in(shape, sparsity):
-    """docs/science.md: fan-ins of mean k vary by √k, the square roots of them by 1/2."""
+    """docs/experiments.md: fan-ins of mean k vary by √k, the square roots of them by 1/2."""
     mask = random_mask(shape, num_active(math.prod(shape), sparsity), seed=0)
     gradient = np.random.default_rng(0).normal(size=shape)
     fan_in = mask.mean() * np.prod(shape[:-1])
