@@ -110,7 +110,7 @@ GROUPS: dict[str, tuple[str, str, dict[str, str]]] = {
         {
             **dict.fromkeys(
                 "SparseDense SparseConv1D SparseConv2D SparseConv3D SparseEinsumDense".split(),
-                "kernel_mask sparsity neuron_sparsity",
+                "sparsity neuron_sparsity",
             ),
             "SparseHeNormal": "",
         },

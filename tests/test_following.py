@@ -145,8 +145,9 @@ def test_following_may_begin_before_there_are_masks(tmp_path):
     assert not kso.sparse_weights(copy)
     kso.sparsify(model, 0.8)
     assert_follows(copy, model)
+    kept = masks_of(copy)
     kso.strip(model)
-    assert not kso.sparse_weights(copy)
+    assert all(np.array_equal(a, b) for a, b in zip(masks_of(copy), kept, strict=True))
     kso.prune(model, 0.7)
     assert_follows(copy, model)
     kso.strip(copy)
@@ -184,6 +185,80 @@ def test_methods_leave_copies_alone_that_the_optimizer_knows():
     assert_invariants(both, both.optimizer)
 
 
+def test_what_a_copy_is_given_goes_with_the_next_change():
+    model = network()
+    copy = kso.follow(keras.models.clone_model(model), model)
+    weight, mine = kso.sparse_weights(model)[0], kso.sparse_weights(copy)[0]
+    given = np.random.default_rng(0).normal(size=mine.shape).astype("float32")
+    mine.assign(given)  # as a file does, before that of the model brings other masks
+    assert np.array_equal(array(mine), given)
+    mask = weight.topology.units.random_mask(weight.topology.num_active(), 5)
+    kso.set_mask(weight, mask)
+    assert np.array_equal(array(mine), given * mask)
+
+
+def test_a_killed_training_brings_the_average_back(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    def run(folder, stop=()):
+        model = Averaged()
+        kso.follow(model.average, model.network)
+        compiled(model, kso.SparseOpt(keras.optimizers.SGD(0.2, momentum=0.9)))
+        rigl = kso.RigL(3, 0.5, end_step=100, redistribution="global")
+        model.fit(
+            *data(64), batch_size=8, epochs=4, verbose=0, shuffle=False,
+            callbacks=[kso.BackupAndRestore(folder), rigl, *stop],
+        )  # fmt: skip
+        return model
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", [Stop()])
+    resumed = run(tmp_path / "killed")
+    for a, b in zip(whole.variables, resumed.variables, strict=True):
+        assert np.array_equal(array(a), array(b)), a.path
+    assert_follows(resumed.average, resumed.network)
+
+
+def test_a_copy_that_is_trained_knows_its_masks():
+    model = network()
+    fast = kso.strip(keras.models.clone_model(model))
+    compiled(fast, "sgd")
+    fast.fit(*data(64), batch_size=8, verbose=0)  # its step knows of no mask
+    kso.follow(fast, model)
+    fast.fit(*data(64), batch_size=8, verbose=0)
+    assert_follows(fast, model)
+
+
+def test_a_copy_cannot_be_trained_by_a_method_of_its_own():
+    model = network()
+    copy = kso.follow(keras.models.clone_model(model), model)
+    compiled(copy, kso.SparseOpt("sgd"))
+    with pytest.raises(ValueError, match="follow those of another model.*strip"):
+        copy.fit(*data(64), batch_size=8, verbose=0, callbacks=[kso.RigL(2, end_step=100)])
+    kso.masks_from_zeros(kso.strip(copy), exclude="b")
+    compiled(copy, kso.SparseOpt("sgd"))
+    copy.fit(*data(64), batch_size=8, verbose=0, callbacks=[kso.RigL(2, end_step=100)])
+
+
+def test_pruning_methods_and_condensed_copies():
+    model = kso.sparsify(kso.strip(network()), 0.0, exclude="b", structure=TILES)
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    kso.condense(kso.sparsify(copy, 0.5, exclude="b", structure=TILES))
+    with pytest.raises(ValueError, match="as many tiles where it is condensed"):
+        kso.follow(copy, model)
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    kso.condense(kso.follow(copy, model))
+    compiled(model, kso.SparseOpt("sgd"))
+    with pytest.raises(ValueError, match="changes how many weights are active"):
+        model.fit(*data(64), verbose=0, callbacks=[kso.GMP(0.5, 1, end_step=2)])
+
+
 def test_layers_sparse_by_construction():
     model = compiled(
         keras.Sequential([keras.Input((12,)), kso.SparseDense(16, sparsity=0.5), layers.Dense(3)]),
@@ -202,6 +277,13 @@ def test_what_cannot_follow():
         kso.follow(keras.Sequential([keras.Input((12,)), layers.Dense(4)]), model)
     with pytest.raises(ValueError, match="`copy` must have weights of its own"):
         kso.follow(model, model)
+    inputs, one, two = keras.Input((4,)), layers.Dense(4), layers.Dense(4)
+    pair = [keras.Model(inputs, b(a(inputs))) for a, b in ((one, two), (two, one))]
+    with pytest.raises(ValueError, match="`copy` must have weights of its own"):
+        kso.follow(*pair)
+    masked = kso.sparsify(kso.strip(network()), 0.5, exclude="b", structure=kso.NM(2, 4))
+    with pytest.raises(ValueError, match="must have the structure"):
+        kso.follow(masked, model)
     kso.follow(model, other)
     third = kso.follow(network(), model)
     with pytest.raises(ValueError, match="which `model` does not follow"):

@@ -1,5 +1,7 @@
 """`prune` of trained models, against sorting in NumPy and sums of squares by one-hot kernels."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -307,6 +309,24 @@ def test_wanda_names_what_it_cannot_score():
     assert len(kso.sparse_weights(model)) == 1
 
 
+def test_a_variable_may_be_left_out():
+    model = trained()
+    kso.prune(model, 0.5, exclude=model.get_layer("b").kernel)
+    assert len(kso.sparse_weights(model)) == 1
+    new = keras.Sequential([keras.Input((12,)), layers.Dense(16), layers.Dense(3)])
+    kso.sparsify(new, 0.5, exclude=new.layers[1].kernel)
+    assert len(kso.sparse_weights(new)) == 1
+
+
+def test_examples_must_end():
+    tf = pytest.importorskip("tensorflow")
+    endless = tf.data.Dataset.from_tensor_slices(data()[0]).batch(8).repeat()
+    with pytest.raises(ValueError, match="`data` must end"):
+        kso.prune(trained(), 0.5, "wanda", endless, verbose=0)
+    with pytest.raises(ValueError, match="nothing for"):
+        kso.prune(trained(), 0.5, "wanda", [], verbose=0)
+
+
 # ---------------------------------------------------------------------- sparsify of what is trained
 
 
@@ -319,7 +339,28 @@ def test_sparsify_warns_of_trained_models():
         kso.sparsify(loaded, 0.5)
 
 
+@pytest.mark.parametrize("wrap", [kso.SparseOpt, keras.optimizers.LossScaleOptimizer])
+def test_wrapped_optimizers_count_steps_too(wrap):
+    model = keras.Sequential([keras.Input((12,)), layers.Dense(3, use_bias=False)])
+    model.compile(wrap(keras.optimizers.SGD(0.1)), loss())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="SparseOpt found no sparse weight")
+        model.fit(*data(), verbose=0)
+    with pytest.warns(UserWarning, match="its optimizer has made 1 steps"):
+        kso.sparsify(model, 0.5)
+
+
 def test_sparsify_does_not_warn_of_others():
+    class Own(layers.Layer):
+        bias, bias_initializer = True, keras.initializers.Zeros()  # no variable
+
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(shape[-1], 4), name="kernel")
+
+        def call(self, x):
+            return x @ self.kernel
+
+    kso.sparsify(keras.Sequential([keras.Input((8,)), Own()]), 0.5)
     kso.sparsify(trained(), 0.0)  # nothing is lost: where GMP begins
     new = keras.Sequential([
         keras.Input((5, 4)), layers.LSTM(3), layers.Dense(2, bias_initializer="ones"),

@@ -132,7 +132,7 @@ class Ours(measuring.Peer):
             id(weight.variable): rng.normal(size=weight.variable.shape).astype("float32")
             for weight in optimizer.weights
         }
-        rigl._gradient = lambda weight: gradients[id(weight.variable)]  # no step was taken
+        rigl.gradient_of = lambda weight: gradients[id(weight.variable)]  # no step was taken
         return rigl.update_masks, "RigL: drop and grow, weights and slots too"
 
     def counts(self):

@@ -3,7 +3,7 @@
 | what is asked | by |
 |---|---|
 | is a computation recorded or run, where do arrays lie | `is_traced`, `init_scope`, `is_initialized`, `is_single_replica`, `are_on_host`, `is_whole`, `is_replicated` |
-| how is a function compiled, what may it donate | `compiled`, `not_compiled`, `freed`, `gradient_function` |
+| how is a function compiled, what may it donate | `compiled`, `not_compiled`, `freed`, `gradient_function`, `without_gradients` |
 | does a compiled step share variables, or know those of its state only | `STEPS_SHARE_VARIABLES`, `Tap`, `Seen` |
 | how are rows gathered | `rows_at` |
 | what do random generators outside of layers hold | `generator_states`, `set_generator_states` |

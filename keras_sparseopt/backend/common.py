@@ -51,6 +51,11 @@ def as_uint32(numbers):
     return ops.cast(numbers, "uint32")
 
 
+def without_gradients():
+    """While nothing is kept for a backward pass: a context manager."""
+    return contextlib.nullcontext()
+
+
 def not_compiled(function):
     """The function, left out of what `torch.compile` makes of the step around it."""
     return function

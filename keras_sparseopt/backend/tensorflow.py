@@ -21,6 +21,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     gradient_function_by,
     not_compiled,
     set_generator_states,
+    without_gradients,
 )
 from keras_sparseopt.backend.tensorflow_loop import (
     copies_of_shards,

@@ -73,6 +73,11 @@ def is_replicated(variable):
     return True
 
 
+def without_gradients():
+    """While nothing is kept for a backward pass: a context manager."""
+    return torch.no_grad()
+
+
 @contextlib.contextmanager
 def freed(variables):
     """Frees what the variables held before they are assigned: they are written in place."""

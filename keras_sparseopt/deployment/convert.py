@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import warnings
 
 import keras
@@ -100,16 +101,22 @@ def exported(model, inputs):
 
 # What TensorFlow's libraries and Python write: `W0000 00:00:17…`, `INFO:tensorflow:…`.
 _LOG_LINE = re.compile(
-    rb"[IW]\d{4} |INFO:|WARNING: All log messages before|\d{4}-\d\d-\d\d .*: [IW] "
+    rb"[IW]\d{4} |INFO: |INFO:tensorflow:|WARNING: All log messages before"
+    rb"|\d{4}-\d\d-\d\d .*: [IW] "
 )
+_one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
 def without_logs():
-    """Without the lines that TensorFlow logs, below errors; all else is written afterwards."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as caught:
+    """Without what TensorFlow's libraries log below errors; all else is written afterwards."""
+    try:
         kept = os.dup(2)
+        sys.stderr.flush()
+    except (OSError, AttributeError):  # there is no such output
+        yield
+        return
+    with _one_at_a_time, tempfile.TemporaryFile() as caught:
         os.dup2(caught.fileno(), 2)
         try:
             yield

@@ -23,6 +23,7 @@ from keras_sparseopt.devices import assert_replicas_agree
 from keras_sparseopt.methods.schedule import DROP_SCHEDULES, drop_fraction_at
 from keras_sparseopt.methods.stateless import stateless_update
 from keras_sparseopt.methods.steps import StepCallback
+from keras_sparseopt.models.topology import followers_of, topology_of
 from keras_sparseopt.optimizers import moving
 from keras_sparseopt.typing import Array, DropFraction, DropSchedule, GrowthValues, Redistribution
 
@@ -330,7 +331,10 @@ class DynamicSparseTraining(StepCallback):
         return drop_fraction_at(step, self.drop_fraction, self.drop_schedule, self.schedule)
 
     def check_weights(self) -> None:
-        condensed = [w.topology.name for w in self.weights() if w.topology.is_condensed]
+        variables = [weight.variable for weight in self.weights()]
+        variables += [follower for v in variables for follower in followers_of(v)]
+        topologies = [v.topology for v in variables if topology_of(v) is not None]
+        condensed = [topology.name for topology in topologies if topology.is_condensed]
         if condensed and not self.keeps_number:
             raise ValueError(
                 f"{type(self).__name__} changes how many weights are active, which condensed "

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_sparseopt import backend, keras_internals
+from keras_sparseopt.models.topology import followers_of
 from keras_sparseopt.optimizers.moving import is_gradient, update
 
 
@@ -20,6 +21,11 @@ def stateless_update(method, optimizer_variables, trainable_variables):
         raise ValueError(
             "`stateless_step` needs masks that `sparsify` has attached. Received: layers that "
             f"are sparse by construction: {', '.join(owned)}"
+        )
+    if any(followers_of(weight.variable) for weight in weights):
+        raise ValueError(
+            "`stateless_step` moves masks inside of the step, where copies that follow the model "
+            "(keras_sparseopt.follow) are not seen: use `step`."
         )
     condensed = [w.topology.name for w in weights if w.topology.is_condensed]
     if condensed:

@@ -14,7 +14,7 @@ from keras_sparseopt.checks import check_patterns
 from keras_sparseopt.devices import build_optimizer, optimizers_by_name, use_step
 from keras_sparseopt.methods.schedule import Schedule
 from keras_sparseopt.models.conversion import masked_share, told_dense
-from keras_sparseopt.models.topology import is_named, leader_of, sparse_weights
+from keras_sparseopt.models.topology import is_named, sparse_weights
 from keras_sparseopt.optimizers.moving import is_written
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 from keras_sparseopt.typing import SeededSchedule
@@ -107,7 +107,8 @@ class StepCallback(keras.callbacks.Callback):
         told = [
             f"{name}={values[name]!r}"
             for name, default in defaults.items()
-            if name in names & {*values} and (name == self.interval or values[name] != default)
+            if name in names & {*values}
+            and (name == self.interval or repr(values[name]) != repr(default))
         ]
         return f"{type(self).__name__}({', '.join(told)})"
 
@@ -185,7 +186,7 @@ class StepCallback(keras.callbacks.Callback):
             weight
             for weight in self.optimizer.weights
             if weight.variable.trainable
-            and leader_of(weight.variable) is None
+            and not weight.topology.is_led
             and (self.layers is None or is_named(weight.topology, self.layers))
         ]
 
@@ -258,6 +259,12 @@ class StepCallback(keras.callbacks.Callback):
                     "`layers` must name sparse weights that are trained: "
                     f"{[topology.name for topology in topologies]}. Received: {pattern!r}"
                 )
+        if all(variable.topology.is_led for variable in optimizer.sparse_weights):
+            raise ValueError(
+                "All sparse weights of the optimizer follow those of another model "
+                "(keras_sparseopt.follow), which moves their masks. To train the copy by itself "
+                "call keras_sparseopt.strip(copy), then keras_sparseopt.masks_from_zeros(copy)."
+            )
         self.optimizer = optimizer
         self.check_weights()
         before = optimizer.kept_gradients

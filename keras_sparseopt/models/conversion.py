@@ -139,24 +139,32 @@ def sparsify(
             "with keras_sparseopt.GMP.",
             stacklevel=2,
         )
-    warn_of_dense(model, kernels, counts, structures, exclude or isinstance(distribution, dict))
+    is_meant = is_given(exclude) or isinstance(distribution, dict)
+    warn_of_dense(model, kernels, counts, structures, is_meant)
     return model
+
+
+def is_given(rules):
+    """Whether there are rules; a variable, which is one, has no truth value."""
+    return rules is not None and not (isinstance(rules, (list, tuple)) and not rules)
 
 
 def why_trained(model):
     """What shows that a model is not as it was initialized: string, `""` if nothing does."""
     optimizer = getattr(model, "optimizer", None)
     if isinstance(optimizer, keras.optimizers.Optimizer) and optimizer.built:
-        steps = int(host(keras_internals.step_count(optimizer)))
+        steps = int(host(optimizer.iterations))
         if steps:
             return f"its optimizer has made {steps} steps"
     for layer in keras_internals.all_layers(model):
         for name in ("bias", "beta", "moving_mean") if layer.built else ():
             variable = getattr(layer, name, None)
-            initializer = getattr(layer, f"{name}_initializer", None)
-            is_zeros = isinstance(initializer, keras.initializers.Zeros)
-            # The bias of a cell that forgets little begins with ones.
-            if not is_zeros or variable is None or getattr(layer, "unit_forget_bias", False):
+            is_zeros = isinstance(
+                getattr(layer, f"{name}_initializer", None), keras.initializers.Zeros
+            )
+            if not is_zeros or not isinstance(variable, keras.Variable):
+                continue
+            if getattr(layer, "unit_forget_bias", False):  # which begins with ones
                 continue
             is_here = not keras_internals.is_absent(variable) and is_whole(variable)
             if is_here and host(variable).any():
@@ -200,7 +208,7 @@ def check_something(model, kernels, received):
     if masked:
         raise ValueError(
             f"Nothing is left to mask in '{model.name}': {masked} weights have masks already. For "
-            "other masks let go of these first: keras_sparseopt.strip(model), then sparsify. "
+            "other masks call keras_sparseopt.strip(model) first, then this again. "
             f"Received: {received}"
         )
     raise ValueError(

@@ -178,7 +178,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) ->
     kso.summary(model)
     ```
     """  # noqa: E501
-    terminal = rich.console.Console()
+    terminal = rich.console.Console(force_jupyter=False)
     width = min(_WIDTH, terminal.width) if terminal.is_terminal else _WIDTH
     rows = layer_costs(model)
     table, same = _table(rows)
@@ -215,7 +215,11 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) ->
         print("\n".join(told))
         return
     file = io.StringIO()
-    rich.console.Console(file=file, width=width).print(table)
+    # Otherwise Jupyter shows what is written to any file.
+    plain = rich.console.Console(
+        file=file, width=width, force_jupyter=False, force_terminal=False, color_system=None
+    )
+    plain.print(table)
     text = [line.rstrip() for line in file.getvalue().splitlines()]
     (print_fn or print)("\n".join([*text, *told]))
 

@@ -4,7 +4,7 @@ import keras
 
 from keras_sparseopt.models.conversion import check_built
 from keras_sparseopt.models.kernels import kernels_of
-from keras_sparseopt.models.topology import leader_of, let_follow, shape_of
+from keras_sparseopt.models.topology import leader_of, let_follow, shape_of, topology_of
 
 
 def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
@@ -20,7 +20,8 @@ def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
     the copy collects what was active at any time. Methods such as `RigL` leave the copy alone.
 
     Call it before or after `sparsify`, in every process that trains: files hold no such relation.
-    `strip(model)` lets go of the masks of both; `strip(copy)` ends it.
+    What the copy is given outside of the mask goes with the next change. `strip(copy)` ends it, and
+    after `strip(model)` the copy keeps the masks that it has.
 
     Args:
         copy: Built Keras model with the same weights, such as `keras.models.clone_model(model)`.
@@ -31,8 +32,9 @@ def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
 
     Raises:
         TypeError: If one of them is not a Keras model.
-        ValueError: If a model is not built, both share weights, or the weights that can be masked
-            have not the same shapes. Nothing has changed then.
+        ValueError: If a model is not built; both share weights; or the weights that can be masked
+            have not the same shapes, the same structure, or, where the copy is condensed, as many
+            tiles. Nothing has changed then.
 
     Example:
 
@@ -56,11 +58,23 @@ def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
             "`copy` must have the weights of `model`, in the same order. Received: weights of "
             f"rank ≥ 2 with shapes {shapes[0]} and {shapes[1]}"
         )
+    led = {id(leader) for variable in pairs[1] for leader in _leaders(variable)}
     for one, other in zip(*pairs):
-        if any(leader is one for leader in _leaders(other)):
+        if id(one) in led:
             raise ValueError(
                 "`copy` must have weights of its own, which `model` does not follow. Received: "
                 f"'{one.path}'"
+            )
+        own, leading = topology_of(one), topology_of(other)
+        if own is None or leading is None:
+            continue
+        told = [(str(t.structure), t.num_active_units() if own.is_condensed else 0)
+                for t in (own, leading) if not t.is_open]  # fmt: skip
+        if len(set(told)) > 1:
+            raise ValueError(
+                "The masks of `copy` must have the structure of those of `model`, and as many "
+                "tiles where it is condensed: strip(copy), or uncondense(copy), before. Received: "
+                f"'{own.name}' with {told[0]} and {told[1]}"
             )
     for one, other in zip(*pairs):
         let_follow(one, other)

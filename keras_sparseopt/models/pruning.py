@@ -17,6 +17,7 @@ from keras_sparseopt.models.conversion import (
     attach_all,
     check_built,
     check_something,
+    is_given,
     maskable,
     structures_of,
     warn_of_dense,
@@ -64,9 +65,10 @@ def prune(
             and may be `None`, with a dict `distribution`.
         method: `"magnitude"` (default), or `"wanda"`, for Dense, EinsumDense and convolutions:
             the one for large language models that are not trained on.
-        data: Examples for `"wanda"`, as `model.predict` takes them: an array, a dict or a list of
-            arrays; or an iterable of batches, such as a `tf.data.Dataset`, each of inputs or of a
-            tuple that begins with them. A hundred examples do. Padding counts like anything else.
+        data: Examples for `"wanda"`: an array, a dict or a list of arrays, one for each input of
+            the model, or a tuple that begins with such inputs; or a finite iterable of batches,
+            such as a `tf.data.Dataset`, each of inputs or of a tuple that begins with them. A
+            hundred examples do. Padding counts like anything else.
         distribution: How sparsity is shared out over layers: as in `sparsify`; `None` (default)
             is `"erk"`.
         scope: `"layer"` (default), where `distribution` says how many weights each layer keeps;
@@ -141,7 +143,8 @@ def prune(
         counts = ranked_together(kernels, structures, scores, sparsity)
     found = best(kernels, structures, scores, counts)
     attach_all(model, kernels, found, skew_correction, structures)
-    warn_of_dense(model, kernels, counts, structures, exclude or isinstance(distribution, dict))
+    is_meant = is_given(exclude) or isinstance(distribution, dict)
+    warn_of_dense(model, kernels, counts, structures, is_meant)
     return model
 
 
@@ -153,8 +156,8 @@ def check_finite(kernels, scores):
     for kernel, score in zip(kernels, scores):
         if not np.isfinite(score).all():
             raise ValueError(
-                f"The score of '{kernel.variable.path}' is not finite: the values of the model "
-                "overflow, or its loss is not finite."
+                f"The score of '{kernel.variable.path}' is not finite: its weights, the values of "
+                "the model or its loss are not."
             )
 
 
@@ -212,6 +215,7 @@ def _input_norms(model, kernels, data, verbose):
     with contextlib.ExitStack() as stack:
         for kernel in kernels:
             stack.enter_context(_told_inputs(kernel.layer, sums))
+        stack.enter_context(backend.without_gradients())
         for inputs in batches:
             model(inputs, training=False)
             bar.add(1)
@@ -227,11 +231,12 @@ def _input_norms(model, kernels, data, verbose):
 def _batches(data):
     """Inputs of a model, batch by batch: an iterable, and how many, or `None`."""
     if isinstance(data, keras.utils.PyDataset):
-        number = data.num_batches if data.num_batches is not None else len(data)
-        return (_inputs_of(data[i]) for i in range(number)), number
-    inputs = data[0] if isinstance(data, tuple) else data
+        number = data.num_batches
+        batches = () if number is None else (_inputs_of(data[i]) for i in range(number))
+        return _finite(batches, number is not None, data), number
+    inputs = data[0] if isinstance(data, tuple) and data else data
     arrays = keras.tree.flatten(inputs)
-    if all(hasattr(array, "shape") for array in arrays):
+    if arrays and all(hasattr(array, "shape") for array in arrays):
         slices = range(0, len(arrays[0]), _BATCH)
 
         def part(start):
@@ -243,11 +248,21 @@ def _batches(data):
             "`data` must be an array, a dict or a list of arrays, or an iterable of batches. "
             f"Received: {type(data)}"
         )
+    cardinality = getattr(data, "cardinality", lambda: 0)  # of a `tf.data.Dataset`: −1 if infinite
+    batches = _finite(data, int(cardinality()) != -1, data)
     try:
         number = len(data)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a data set of unknown length
         number = None
-    return map(_inputs_of, data), number
+    return map(_inputs_of, batches), number
+
+
+def _finite(batches, is_finite, data):
+    if not is_finite:
+        raise ValueError(
+            f"`data` must end: take some batches of it. Received: {type(data).__name__} without end"
+        )
+    return batches
 
 
 def _inputs_of(batch):
@@ -260,7 +275,7 @@ def _told_inputs(layer, sums):
     call = layer.call
 
     def told(*args, **kwargs):
-        inputs = args[0] if args else next(iter(kwargs.values()))
+        inputs = args[0] if args else kwargs["inputs"]
         if backend.is_traced(inputs):
             raise ValueError(
                 '"wanda" must see the inputs of every layer, which a model that compiles parts of '

@@ -115,22 +115,41 @@ class Topology:
                     self.skew_correction, self.name, self.feeds, self.structure,
                     announced=self._announced,
                 )  # fmt: skip
+                forget_steps([variable])
             if self.is_open or keras_internals.is_absent(self.pattern):
                 continue
-            is_here = topology.is_condensed or self.is_on_host()
-            # A copy: the memory of the leader's may be freed.
-            mask = np.array(host(self.mask)) if is_here else ops.copy(self.mask)
-            topology.change(topology.form.of_mask(mask))
+            if topology.is_condensed:
+                topology.change(topology.form.of_mask(host(self.mask)))
+            else:
+                # A copy: the memory of the leader's may be freed.
+                mask = np.array(host(self.mask)) if self.is_on_host() else ops.copy(self.mask)
+                with topology.moving():
+                    values = ops.convert_to_tensor(variable)
+                    variable.assign(masks.masked(values, ops.convert_to_tensor(mask)))
+                topology._have(mask)
             topology.set_budget()
+
+    @property
+    def is_led(self):
+        """Whether the mask is that of another weight, which has one."""
+        leader = leader_of(self.variable)
+        return leader is not None and topology_of(leader) is not None
 
     def __repr__(self):
         shape = "×".join(map(str, self.shape))
-        if self.is_open or keras_internals.is_absent(self.pattern):
-            known = "mask not known yet"
+        if self.is_open or self.is_out_of_sight:
+            known = "mask not known now"
         else:
             known = f"{self.sparsity:.2%} sparse"
         form = "condensed" if self.is_condensed else "masked"
         return f"<Topology of '{self.name}': {shape}, {known}, {self.structure}, {form}>"
+
+    @property
+    def is_out_of_sight(self):
+        """Whether the mask cannot be read now: it is in a step, or in JAX's state of a training."""
+        if keras_internals.in_stateless_scope() or keras_internals.is_absent(self.pattern):
+            return True
+        return backend.is_traced(self.pattern.value)
 
     @property
     def is_condensed(self):
@@ -138,11 +157,13 @@ class Topology:
 
     @property
     def mask(self):
+        """Which weights are active: bool tensor or variable of the plain kernel's shape."""
         pattern = self.filled_pattern
         return self.form.mask(ops.convert_to_tensor(pattern)) if self.is_condensed else pattern
 
     @property
     def kernel(self):
+        """The plain kernel: the variable itself, or a tensor that is made of what is stored."""
         if not self.is_condensed:
             return self.variable
         return self.form.plain(*map(ops.convert_to_tensor, (self.variable, self.pattern)))
@@ -434,6 +455,8 @@ class Topology:
             return self._before_pattern(value)
         if self.is_condensed or not self.is_attached or self.variable.constraint.has_given(value):
             return None
+        if self.is_led:  # what is outside of the mask goes when the leader's next comes
+            return None
         self.weights_came |= self.is_open
         if self.is_open:
             mask = self._mask_from(value)
@@ -625,11 +648,7 @@ def release(variable):
 
 
 def detach(variable):
-    """Let go of an attached mask; what follows the weight does so, too."""
-    for follower in followers_of(variable):
-        topology = topology_of(follower)
-        if topology is not None and topology.is_attached:
-            detach(follower)
+    """Let go of an attached mask."""
     keras_internals.tell_no_more(variable)
     variable.constraint = own_constraint(variable)
     release(variable)

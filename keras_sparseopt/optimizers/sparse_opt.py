@@ -279,12 +279,13 @@ class SparseOpt(WrapperOptimizer):
     def _told(self):
         if not self.built:
             return ", not built"
-        topologies = [w.topology for w in self.weights if not w.topology.is_open]
-        size = sum(math.prod(topology.shape) for topology in topologies)
-        if not size:
-            return ", no sparse weights"
+        topologies = [weight.topology for weight in self.weights]
+        told = f", {len(topologies) or 'no'} sparse weights"
+        if not topologies or any(t.is_open or t.is_out_of_sight for t in topologies):
+            return told
         active = sum(topology.num_active() for topology in topologies)
-        return f", {len(self.weights)} sparse weights, {1 - active / size:.2%} sparse"
+        size = sum(math.prod(topology.shape) for topology in topologies)
+        return f"{told}, {1 - active / size:.2%} sparse"
 
     def trains_sparse(self, variable):
         """Whether a variable is one of its sparse weights."""
@@ -649,6 +650,7 @@ class SparseOpt(WrapperOptimizer):
             weight.topology.settle()
             if not weight.topology.is_open:
                 self.follow(weight.topology, explores=False)
+                weight.topology.lead()
 
     def budget_of(self, topology):
         """The active units that a mask was given: int."""
