@@ -145,7 +145,7 @@ GROUPS: dict[str, tuple[str, str, dict[str, str]]] = {
         "watching models",
         {
             "summary": "", "layer_costs": "", "sparse_weights": "", "sparse_layers": "",
-            "models.topology.Topology": "mask kernel sparsity neuron_sparsity num_active",
+            "models.topology.Topology": "num_active num_active_units",
             "connectivity": "", "GradientFlow": "", "report": "", "itop_rate": "",
             "effective_gradient_flow": "", "gradient_flow": "", "gradient_skew": "",
             "measured_skew": "", "mask_overlap": "",
@@ -201,7 +201,7 @@ def write_reference(app):
             text += f"\n## `{short}`\n\n```{{eval-rst}}\n"
             text += f".. {'autoclass' if is_class else 'autofunction'}:: keras_sparseopt.{name}\n"
             if members:
-                text += f"   :members: {', '.join(members.split())}\n   :inherited-members:\n"
+                text += f"   :members: {', '.join(members.split())}\n"
             text += "```\n"
             line = first_line(entry_of(name)).replace("|", "\\|")
             index += f"| [`{short}`](reference/{group}.md#{short.lower()}) | {line} |\n"

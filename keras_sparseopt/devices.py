@@ -91,6 +91,17 @@ def optimizers_by_name(model):
         Dict from the name of the attribute, with the key or position for those in a dict or list,
         to the optimizer; each once.
     """
+    found, unique = all_names(model), dict[int, str]()
+    # An attribute of one's own before a container, and before what Keras and TensorFlow keep.
+    in_order = sorted(found.items(), key=lambda item: (item[0][0] == "_", "[" in item[0]))
+    for name, optimizer in in_order:
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            unique.setdefault(id(optimizer), name)
+    return {name: found[name] for name in unique.values()}
+
+
+def all_names(model):
+    """Dict from names as in `optimizers_by_name` to what they stand for, be it an optimizer."""
     found: dict[str, Any] = {"optimizer": getattr(model, "optimizer", None)}
     for name, value in vars(model).items():
         found.setdefault(name, value)
@@ -98,13 +109,7 @@ def optimizers_by_name(model):
             found.update({f"{name}[{key!r}]": x for key, x in value.items()})
         elif isinstance(value, (list, tuple)):
             found.update({f"{name}[{i}]": x for i, x in enumerate(value)})
-    unique: dict[int, str] = {}
-    # An attribute of one's own before a container, and before what Keras and TensorFlow keep.
-    in_order = sorted(found.items(), key=lambda item: (item[0][0] == "_", "[" in item[0]))
-    for name, optimizer in in_order:
-        if isinstance(optimizer, keras.optimizers.Optimizer):
-            unique.setdefault(id(optimizer), name)
-    return {name: found[name] for name in unique.values()}
+    return found
 
 
 def optimizers_of(model):

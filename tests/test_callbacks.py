@@ -533,3 +533,13 @@ def test_many_updates_neither_retrace_nor_lose_a_weight(kind):
     row = soak(kind, updates=40)
     assert row["updates"] == 40 and row["counts exact"] and row["ITOP rate"] > 0.1
     assert row["traces after first update"] == (None if keras.backend.backend() == "torch" else 0)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "mine"])
+def test_an_optimizer_is_found_by_each_of_its_names(name):
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+    model.mine = model.optimizer
+    before = masks_of(model)
+    x, y = data()
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[kso.RigL(2, end_step=9, optimizer=name)])
+    assert not all(np.array_equal(a, b) for a, b in zip(before, masks_of(model)))

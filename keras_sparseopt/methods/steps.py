@@ -11,7 +11,7 @@ import keras
 from keras_sparseopt import backend, keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_patterns
-from keras_sparseopt.devices import build_optimizer, optimizers_by_name, use_step
+from keras_sparseopt.devices import all_names, build_optimizer, optimizers_by_name, use_step
 from keras_sparseopt.methods.schedule import Schedule
 from keras_sparseopt.models.conversion import masked_share, told_dense
 from keras_sparseopt.models.topology import is_named, sparse_weights
@@ -388,7 +388,7 @@ class StepCallback(keras.callbacks.Callback):
     def _find_optimizer(self, model):
         """The `SparseOpt` of the model that this callback is for."""
         if self.optimizer_name is not None:
-            return _required(optimizers_by_name(model).get(self.optimizer_name))
+            return _required(all_names(model).get(self.optimizer_name))
         found = {
             name: optimizer
             for name, optimizer in optimizers_by_name(model).items()
