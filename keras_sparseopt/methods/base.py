@@ -293,7 +293,7 @@ class DynamicSparseTraining(StepCallback):
         """What an update must know of all weights together, before any of them changes.
 
         Args:
-            weights: List of the optimizer's `Weight`s that will be updated.
+            weights: List of `Weight`, those of the optimizer that will be updated.
             active: List of ints, their active units.
 
         Returns:
