@@ -158,9 +158,11 @@ class History:
         kso.strip(self.model)
         for name in NAMES:
             self._draw(name, True)
-        kso.sparsify(
-            self.model, 0.6, "uniform", include=list(NAMES), seed=3, structure=self.structure
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*seems to be trained")
+            kso.sparsify(
+                self.model, 0.6, "uniform", include=list(NAMES), seed=3, structure=self.structure
+            )
         self.allowed = self._active()
         self.compile("adam" if compiled else "sgd", True)
 

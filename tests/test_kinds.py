@@ -16,6 +16,9 @@ from keras import layers, ops
 
 import keras_sparseopt as kso
 
+# They sparsify a model that has trained, on purpose.
+of_trained = pytest.mark.filterwarnings("ignore:.*seems to be trained")
+
 SGD = keras.optimizers.SGD
 
 
@@ -240,6 +243,7 @@ def test_masks_from_zeros_works_where_it_is_advised():
     assert_invariants(model)
 
 
+@of_trained
 def test_sparsify_after_training_has_begun():
     """The optimizer that trains the weights takes the masks over."""
     with pytest.warns(UserWarning, match="found no sparse weight"):
@@ -455,6 +459,7 @@ def test_a_weight_that_was_pruned_cannot_come_back_through_an_older_optimizer():
     assert older.built and zeros(model)[0] == 0.75
 
 
+@of_trained
 def test_indices_of_weights_stay_different():
     model = trained()
     kso.strip(model.layers[0])
@@ -500,6 +505,7 @@ def test_what_was_stripped_stays_so_through_a_file(tmp_path):
     assert "topologies" not in loaded.optimizer.get_config()
 
 
+@of_trained
 def test_masks_that_change_in_a_callback_do_not_stop_fit():
     class Change(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -666,6 +672,7 @@ def test_methods_go_on_when_a_callback_compiles_again(first):
     assert history["sparsity"][1] < 0.75
 
 
+@of_trained
 def test_sparsify_again_after_thawing():
     model = net(None)
     thaw(model, frozen="a")
@@ -865,6 +872,7 @@ def test_a_step_of_an_optimizer_brings_no_weights():
     fit(model)
 
 
+@of_trained
 def test_a_model_that_was_sparsified_inside_of_one_that_has_trained():
     inner = net(None)
     x = keras.Input((12,))
