@@ -122,7 +122,7 @@ WRONG_CALLS = {
     "include typo": (lambda: kso.sparsify(dense_net(), 0.5, include="e*"), "`include` must name weights that can be masked"),
     "include bias": (lambda: kso.sparsify(dense_net(), 0.5, include="net/d/bias"), "`include` must name weights that can be masked: ['net/d/kernel'], or their layers. Received: include='net/d/bias'"),
     "correction typo": (lambda: kso.sparsify(dense_net(), 0.5, skew_correction="e"), "`skew_correction` must name weights that can be masked"),
-    "sparsify twice": (lambda: kso.sparsify(kso.sparsify(dense_net(), 0.5), 0.5), "1 weights have masks already. For other masks let go of these first: keras_sparseopt.strip(model), then sparsify."),
+    "sparsify twice": (lambda: kso.sparsify(kso.sparsify(dense_net(), 0.5), 0.5), "1 weights have masks already. For other masks call keras_sparseopt.strip(model) first"),
     "sparsity of a method": (lambda: kso.RigL(sparsity=0.9), "RigL has no argument `sparsity`. Masks are made before, by keras_sparseopt.sparsify(model, sparsity). Received: sparsity=0.9"),
     "sparsity of GMP": (lambda: kso.GMP(sparsity=0.9), "GMP has no argument `sparsity`. It is `final_sparsity` here. Received: sparsity=0.9"),
     "a typo": (lambda: kso.SET(updates_every=9), "SET has no argument `updates_every`. It has update_every, drop_fraction,"),

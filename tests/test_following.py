@@ -205,6 +205,7 @@ def test_a_killed_training_brings_the_average_back(tmp_path):
 
     def run(folder, stop=()):
         model = Averaged()
+        model(data(2)[0])  # builds it
         kso.follow(model.average, model.network)
         compiled(model, kso.SparseOpt(keras.optimizers.SGD(0.2, momentum=0.9)))
         rigl = kso.RigL(3, 0.5, end_step=100, redistribution="global")

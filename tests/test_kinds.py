@@ -521,6 +521,7 @@ def test_masks_that_change_in_a_callback_do_not_stop_fit():
     assert min(zeros(model)[1:]) > 0.65
 
 
+@of_trained
 @pytest.mark.backend("tensorflow")
 def test_a_loop_is_told_to_compile_again_when_masks_have_come():
     import tensorflow as tf
