@@ -117,20 +117,17 @@ def sparse_inference_report(
     inputs, model = check_exportable(model, inputs), plain_form(model)
     with exported(model, inputs) as directory:
         content = converted(directory)
-    number = list(read_file(content, model).dense_layers.values()).count("blocks")
-    bar = progress(1 + number, verbose)
-    bar.add(1)
-    return read_file(content, model, measured=lambda: bar.add(1))
+    return read_file(content, model, verbose)
 
 
-def read_file(content, model, measured=None):
+def read_file(content, model, verbose=None):
     """`SparseInference` of the bytes of a TFLite file.
 
     Args:
         content: Bytes.
         model: Keras model, for its layers' names.
-        measured: Function that is called when a dense layer in blocks has been measured; `None`
-            (default) to measure none.
+        verbose: As in `sparse_inference_report`, to measure the dense layers in blocks; `None`
+            (default) to measure nothing.
     """
     graph = _Graph(content, model)
     problems, cluster = _cluster(graph)
@@ -149,26 +146,36 @@ def read_file(content, model, measured=None):
             "More than two thirds of the weights of all 1×1 convolutions must be 0: "
             f"{zeros:.1%} are."
         )
-    dense, speedups, known = dict[str, str](), dict[str, float](), dict[tuple, float]()
+    dense, blocks = dict[str, str](), dict[str, Any]()
     for op in graph.operations:
         if op.kind == _DENSE and graph.is_constant(op.inputs[1]):
             same = sum(name.partition(" (")[0] == op.name for name in dense)
             name = f"{op.name} ({same + 1})" if same else op.name  # nested models have such names
             dense[name] = graph.how(op.inputs[1])
-            if measured is not None and dense[name] == "blocks":
-                neurons, inputs = graph.shape(op.inputs[1])
-                matrix = graph.matrix(op, inputs, neurons)
-                rows = math.prod(graph.shape(op.inputs[0])) // inputs
-                if matrix is not None:
-                    key = matrix.tobytes(), rows
-                    known[key] = known.get(key) or _speedup(matrix, rows)
-                    speedups[name] = known[key]
-                measured()
+            if dense[name] == "blocks":
+                blocks[name] = op
+    speedups = {} if verbose is None else _speedups(graph, blocks, verbose)
     is_taken = bool(cluster) and not problems
     return SparseInference(is_taken, in_part, float(zeros), problems, dense, speedups)
 
 
 _SECONDS = 0.2  # to measure one layer for
+
+
+def _speedups(graph, blocks, verbose):
+    """How many times faster dense layers in blocks run: dict of floats by name."""
+    found, known = dict[str, float](), dict[tuple, float]()
+    bar = progress(1 + len(blocks), verbose)
+    bar.add(1)  # the conversion
+    for name, op in blocks.items():
+        neurons, inputs = graph.shape(op.inputs[1])
+        matrix = graph.matrix(op, inputs, neurons)
+        rows = math.prod(graph.shape(op.inputs[0])) // inputs
+        if matrix is not None:
+            key = matrix.tobytes(), rows
+            found[name] = known[key] = known.get(key) or _speedup(matrix, rows)
+        bar.add(1)
+    return found
 
 
 def _speedup(matrix, rows):

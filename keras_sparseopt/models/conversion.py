@@ -124,14 +124,14 @@ def sparsify(
     structures = structures_of(model, chosen, structure)
     kernels, counts = active_counts(model, chosen, sparsity, distribution, structures)
     check_something(model, kernels, f"exclude={exclude!r}, distribution={distribution!r}")
-    is_trained = why_trained(model)
     drawn = []
     for position, (kernel, count) in enumerate(zip(kernels, counts)):
         own_seed = int(np.random.default_rng([seed, position]).integers(2**31))
         units = kernel.units(structures[id(kernel.variable)])
         drawn.append(units.random_mask(units.nearest(count), own_seed))
     attach_all(model, kernels, drawn, skew_correction, structures)
-    if is_trained and any(not mask.all() for mask in drawn):
+    is_trained = any(not mask.all() for mask in drawn) and why_trained(model)
+    if is_trained:
         warnings.warn(
             f"'{model.name}' seems to be trained ({is_trained}), and `sparsify` has kept a random "
             "part of its weights: all others are 0 now. To keep the best ones call "
@@ -139,8 +139,7 @@ def sparsify(
             "with keras_sparseopt.GMP.",
             stacklevel=2,
         )
-    is_meant = is_given(exclude) or isinstance(distribution, dict)
-    warn_of_dense(model, kernels, counts, structures, is_meant)
+    warn_of_dense(model, kernels, counts, structures, exclude, distribution)
     return model
 
 
@@ -172,14 +171,14 @@ def why_trained(model):
     return ""
 
 
-def warn_of_dense(model, kernels, counts, structures, is_meant):
+def warn_of_dense(model, kernels, counts, structures, exclude, distribution):
     """Warn of weights that stay dense, or most of them.
 
     Args:
         model: Keras model.
         kernels, counts: Lists of `Kernel`s and of ints, the active weights that each should have.
         structures: Dict, what `structures_of` returns.
-        is_meant: Whether the arguments say which weights stay without a mask.
+        exclude, distribution: As in `sparsify`: what they leave without a mask is meant so.
     """
     for kernel, count in zip(kernels, counts):
         structure = structures[id(kernel.variable)]
@@ -192,6 +191,7 @@ def warn_of_dense(model, kernels, counts, structures, is_meant):
                 stacklevel=3,
             )
     masked, total, dense = masked_share(model)
+    is_meant = is_given(exclude) or isinstance(distribution, dict)
     if not is_meant and masked < total / 2:
         names = ", ".join(f"{path} ({size:,}, {why})" for path, size, why in dense[:5])
         warnings.warn(

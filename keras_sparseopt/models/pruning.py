@@ -17,7 +17,6 @@ from keras_sparseopt.models.conversion import (
     attach_all,
     check_built,
     check_something,
-    is_given,
     maskable,
     structures_of,
     warn_of_dense,
@@ -143,8 +142,7 @@ def prune(
         counts = ranked_together(kernels, structures, scores, sparsity)
     found = best(kernels, structures, scores, counts)
     attach_all(model, kernels, found, skew_correction, structures)
-    is_meant = is_given(exclude) or isinstance(distribution, dict)
-    warn_of_dense(model, kernels, counts, structures, is_meant)
+    warn_of_dense(model, kernels, counts, structures, exclude, distribution)
     return model
 
 
@@ -232,8 +230,8 @@ def _batches(data):
     """Inputs of a model, batch by batch: an iterable, and how many, or `None`."""
     if isinstance(data, keras.utils.PyDataset):
         number = data.num_batches
-        batches = () if number is None else (_inputs_of(data[i]) for i in range(number))
-        return _finite(batches, number is not None, data), number
+        _check_ends(data, number is not None)
+        return (_inputs_of(data[i]) for i in range(number)), number
     inputs = data[0] if isinstance(data, tuple) and data else data
     arrays = keras.tree.flatten(inputs)
     if arrays and all(hasattr(array, "shape") for array in arrays):
@@ -249,20 +247,19 @@ def _batches(data):
             f"Received: {type(data)}"
         )
     cardinality = getattr(data, "cardinality", lambda: 0)  # of a `tf.data.Dataset`: −1 if infinite
-    batches = _finite(data, int(cardinality()) != -1, data)
+    _check_ends(data, int(cardinality()) != -1)
     try:
         number = len(data)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a data set of unknown length
         number = None
-    return map(_inputs_of, batches), number
+    return map(_inputs_of, data), number
 
 
-def _finite(batches, is_finite, data):
-    if not is_finite:
+def _check_ends(data, does):
+    if not does:
         raise ValueError(
             f"`data` must end: take some batches of it. Received: {type(data).__name__} without end"
         )
-    return batches
 
 
 def _inputs_of(batch):
