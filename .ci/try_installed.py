@@ -42,5 +42,6 @@ for before, model_ in (("fit", model), ("load_model", loaded)):
 loaded.fit(x, y, verbose=0, callbacks=[kso.SET(update_every=4)])
 plain = kso.strip(loaded)
 np.testing.assert_allclose(plain.predict(x, verbose=0), loaded.predict(x, verbose=0))
-names = {"keras": "keras", backend: {"tensorflow": "tensorflow-cpu"}.get(backend, backend)}
-print(json.dumps({name: importlib.metadata.version(package) for name, package in names.items()}))
+package = {"tensorflow": "tensorflow-cpu"}.get(backend, backend)
+versions = {"keras": keras.version(), backend: importlib.metadata.version(package)}
+print(json.dumps(versions))

@@ -1,12 +1,13 @@
 """Builds the wheel, and tries it in empty environments: which versions work?
 
     python .ci/versions.py                     # all of it; half an hour, some GB of downloads
-    python .ci/versions.py --only newest       # or lowest
+    python .ci/versions.py --only newest       # or lowest, or nightly
     python .ci/versions.py --python python3.12 --backends jax
 
 For every Python that is on the machine, and for each backend alone and TensorFlow with JAX: an
-empty environment with the wheel and the newest versions that the package index has, or the lowest
-ones that setup.cfg allows, in which `try_installed.py` trains, saves and loads a model.
+empty environment with the wheel and the newest versions that the package index has, the lowest
+ones that setup.cfg allows, or Keras as it was developed last night. In each, `try_installed.py`
+trains, saves and loads a model.
 Writes results/versions.json.
 """
 
@@ -35,6 +36,7 @@ BACKENDS = {
 # Without GPU support it is the same code, and a tenth of the size; of PyTorch this one is at hand.
 DISTRIBUTIONS = {"tensorflow": "tensorflow-cpu", "jax": "jax", "torch": "torch"}
 NEWEST = {"torch": "torch==2.13.0"}
+VERSIONS = ["newest", "lowest", "nightly"]
 
 
 def lowest():
@@ -48,7 +50,7 @@ def lowest():
 
 
 def requirements(backends, versions):
-    if versions == "newest":
+    if versions != "lowest":
         return [NEWEST.get(backend, DISTRIBUTIONS[backend]) for backend in backends]
     minimum = lowest()
     pinned = [f"{DISTRIBUTIONS[b]}=={minimum[b]}.*" for b in backends]
@@ -88,10 +90,14 @@ def tried(python, name, versions, wheel, folder):
     backends = BACKENDS[name]
     wanted = [*requirements(backends, versions), wheel]
     row = {"python": python, "backends": name, "versions": versions}
-    installed = run([interpreter, "-m", "pip", "install", "-q", *wanted])
-    if installed.returncode:
-        errors = [line for line in installed.stderr.splitlines() if line.startswith("ERROR")]
-        return {**row, "result": "not installable: " + " ".join(errors)[:300]}
+    steps = [["install", *wanted]]
+    if versions == "nightly":  # a package of another name that fills the same folder
+        steps += [["uninstall", "-y", "keras"], ["install", "--no-deps", "--pre", "keras-nightly"]]
+    for step in steps:
+        installed = run([interpreter, "-m", "pip", "-q", *step])
+        if installed.returncode:
+            errors = [line for line in installed.stderr.splitlines() if line.startswith("ERROR")]
+            return {**row, "result": "not installable: " + " ".join(errors)[:300]}
     row["result"] = {}
     for backend in backends:
         ended = run(
@@ -110,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--python", nargs="+", default=PYTHONS)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--only", choices=["newest", "lowest"])
+    parser.add_argument("--only", choices=VERSIONS)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "results" / "versions.json")
     args = parser.parse_args()
     # What was tried before stays, unless it is tried again.
@@ -131,7 +137,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         wheel = build(folder)
-        choices = [args.only] if args.only else ["newest", "lowest"]
+        choices = [args.only] if args.only else VERSIONS
         for versions, python, name in itertools.product(choices, args.python, args.backends):
             where = python, name, versions
             if shutil.which(python) is None or run([python, "-c", ""]).returncode:
