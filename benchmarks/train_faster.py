@@ -228,7 +228,7 @@ def time_layer(case, seconds, backward):
         return ops.matmul(x, kernel) * factor
 
     def sparse(x, values):
-        return multiply(ops.transpose(x), values, pattern) * factor
+        return multiply(ops.transpose(x), values, pattern, as_columns=True) * factor
 
     found = []
     for function, stored in ((dense, kernel), (sparse, values)):

@@ -39,6 +39,8 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 )
 
 STEPS_SHARE_VARIABLES = False
+# XLA lays arrays out by itself.
+TRANSPOSES_ARE_VIEWS = False
 
 
 def is_traced(*arrays):

@@ -35,6 +35,8 @@ from keras_sparseopt.backend.tensorflow_loop import (
 __all__ = ["copies_of_shards", "fit_in_own_loop", "of_all_workers", "share_statistics"]
 
 STEPS_SHARE_VARIABLES = True
+# A transposed tensor is written anew.
+TRANSPOSES_ARE_VIEWS = False
 
 
 def is_traced(*arrays):

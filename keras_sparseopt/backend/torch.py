@@ -33,6 +33,9 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 )
 
 STEPS_SHARE_VARIABLES = True
+# A transposed tensor is the same memory, which goes on from layer to layer.
+TRANSPOSES_ARE_VIEWS = True
+
 _inside: list = []  # the functions of `compiled` that run
 
 

@@ -21,7 +21,7 @@ _PIECES = 8
 # ---------------------------------------------------------------------- the product
 
 
-def multiply(columns, values, pattern):
+def multiply(columns, values, pattern, as_columns=False):
     """A matrix (inputs, neurons) in condensed form times rows, as columns.
 
     ```
@@ -33,11 +33,13 @@ def multiply(columns, values, pattern):
         columns: Tensor (inputs, rows), the rows transposed: whole rows of it are gathered.
         values: Tensor (groups, tiles · inputs of a tile, neurons).
         pattern: Int tensor (groups, tiles).
+        as_columns: Bool, whether who reads the outputs would rather have them in memory as columns.
 
     Returns:
         Tensor (rows, groups · neurons).
     """
-    return _by_group(_gathered(columns, pattern, values.shape[1] // pattern.shape[1]), values)
+    gathered = _gathered(columns, pattern, values.shape[1] // pattern.shape[1])
+    return _by_group(gathered, values, as_columns and backend.TRANSPOSES_ARE_VIEWS)
 
 
 def convolve(planes, values, pattern, windows):
@@ -68,8 +70,11 @@ def _gathered(columns, pattern, inputs):
     return ops.reshape(found, (pattern.shape[0], pattern.shape[1] * inputs, *rest))
 
 
-def _by_group(gathered, values):
+def _by_group(gathered, values, as_columns=False):
     groups, _, width = values.shape
+    if as_columns:
+        products = ops.matmul(ops.transpose(values, (0, 2, 1)), gathered)
+        return ops.transpose(ops.reshape(products, (groups * width, -1)))
     products = ops.matmul(ops.transpose(gathered, (0, 2, 1)), values)
     return ops.reshape(ops.transpose(products, (1, 0, 2)), (-1, groups * width))
 
@@ -238,7 +243,9 @@ class Tiled(CondensedLayer):
         if form.padding:
             columns = ops.pad(columns, [[0, form.padding], [0, 0]])
         values, pattern = self._stored()
-        return self._told(multiply(columns, values, pattern), columns, [()])
+        # The next product reads columns; a convolution, or what normalizes it, reads rows.
+        outputs = multiply(columns, values, pattern, as_columns=not is_convolution(self))
+        return self._told(outputs, columns, [()])
 
     def _stored(self):
         topology = self._kernel.topology
@@ -467,7 +474,7 @@ def add_indices(layer, indices, dtype, name="indices"):
     return found
 
 
-def exchange(variable, values, optimizers=()):
+def exchange_on_device(variable, values, optimizers=()):
     """Give a Keras variable a value of another shape, where it lives."""
     with backend.colocated_scope(variable.value):
         keras_internals.exchange(variable, values, optimizers)
@@ -480,21 +487,21 @@ def uncondense_layers(layers):
     optimizers = keras_internals.all_optimizers()
     for layer in layers:
         _uncondense(layer, optimizers)
-    forget_steps([layer._kernel for layer in layers])
+    forget_steps([layer._kernel for layer in layers], also_of_inference=True)
 
 
 def _uncondense(layer, optimizers):
     variable = layer._kernel
     if isinstance(layer, ByNeuron):
         indices = layer.indices
-        exchange(variable, layer.plain_kernel(), optimizers)
+        exchange_on_device(variable, layer.plain_kernel(), optimizers)
         del layer.indices, layer.kernel_shape
     else:
         topology = variable.topology
         form, pattern, indices = topology.form, host(topology.pattern), topology.pattern
         mask = form.mask(pattern)
         if topology.spare_mask is not None:
-            exchange(topology.spare_mask, mask)
+            exchange_on_device(topology.spare_mask, mask)
             mask, topology.spare_mask = topology.spare_mask, None
         elif topology.is_attached:
             mask = mask_variable(variable, mask)
@@ -527,8 +534,8 @@ def change_form(variable, change, tiles, pattern, optimizers):
     values = change(host(variable))
     slots = [(slot, change(host(slot))) for _, state in before for slot in state.slots]
     for slot, value in slots:
-        exchange(slot, value)
-    exchange(variable, values, optimizers)
+        exchange_on_device(slot, value)
+    exchange_on_device(variable, values, optimizers)
     topology.tiles, topology.pattern = tiles, pattern
     pattern.topology = topology
     for optimizer, state in before:
