@@ -22,7 +22,7 @@ def resolve_strategy(name: str) -> Devices:
 
     | name | backend | what it is | who trains |
     |---|---|---|---|
-    | `one` | both | the default device | `model.fit` |
+    | `one` | all | the default device | `model.fit` |
     | `mirrored` | TensorFlow | all GPUs (else CPU devices) of this machine | `model.fit` |
     | `multiworker` | TensorFlow | several processes, described by `TF_CONFIG` | `fit_distributed` |
     | `tpu` | TensorFlow | `TPUStrategy` | `fit_distributed` |

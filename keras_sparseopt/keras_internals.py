@@ -460,17 +460,15 @@ def pair_with(optimizer, variables):
     optimizer.__dict__["_trainable_variables"] = variables  # untracked: they are not its own
 
 
-def forbid_training(model, error):
-    """Let `fit` raise an error, before it has taken the state out of the variables."""
+def check_before_training(model, check):
+    """Let `fit` call `check(model)` before it has taken the state out of the variables."""
 
     def make_train_function(force=False):
-        raise error
+        if not force:  # as `fit` calls it
+            check(model)
+        return type(model).make_train_function(model, force=force)
 
     vars(model)["make_train_function"] = make_train_function
-
-
-def allow_training(model):
-    vars(model).pop("make_train_function", None)
 
 
 def replace_wrapped(layer, name, function):
@@ -486,8 +484,8 @@ def symbolic_call(function, *args, **kwargs):
     return backend.compute_output_spec(function, *args, **kwargs)
 
 
-def models_with_steps(variables):
-    """The models that hold one of some variables, at any depth, and have compiled a train step.
+def models_of(variables):
+    """The built models that hold one of some variables, at any depth.
 
     Nothing leads from a variable to models around it; Python's garbage collector knows them all.
     """
@@ -496,9 +494,16 @@ def models_with_steps(variables):
     return [
         model
         for model in models
-        if getattr(model, "train_function", None) is not None
-        and any(id(weight) in wanted for weight in model.weights)
+        if getattr(model, "built", False) and any(id(weight) in wanted for weight in model.weights)
     ]
+
+
+def forget_functions(model, also_of_inference):
+    """Let a model compile its train step anew, or all that it has compiled."""
+    if also_of_inference:
+        model.test_function = model.predict_function = None
+    if getattr(model, "train_function", None) is not None:
+        model.make_train_function(force=True)  # perhaps in the middle of `fit`
 
 
 def callbacks_before(callback):

@@ -14,10 +14,14 @@ def progress(number: int | None, verbose: Verbose, unit: str = "step") -> Any:
         number: Int, how many there are, or `None` if that is not known.
         verbose: `"auto"`, which is 1, 1 or 0.
         unit: String, what is counted.
+
+    Returns:
+        `keras.utils.Progbar`.
     """
     return keras.utils.Progbar(number, verbose=int(verbose != 0), unit_name=unit)
 
 
 def check_verbose(verbose: Verbose) -> None:
+    """Raise ValueError for what is not `Verbose`."""
     if isinstance(verbose, bool) or verbose not in ("auto", 0, 1):
         raise ValueError(f'`verbose` must be "auto", 0 or 1. Received: verbose={verbose!r}')

@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_and_nothing_changes():
         ((0.5, "snip"), '`data` must be given for "snip"'),
         ((0.5, "snip", (x, y)), "`loss` must be a Keras loss"),
         ((0.5, "snip", x), "`data` must be a tuple"),
-        ((0.5, "snip", (x * np.inf, y), loss()), "is not finite"),
+        ((0.5, "snip", (x * np.inf, y), loss()), "scores are not finite"),
         ((1.0, "synflow"), r"`sparsity` must be in \[0, 1\)"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1021,3 +1021,34 @@ def test_a_condensed_weight_is_a_parameter_of_its_module():
         assert {id(p) for p in model.parameters()} >= {
             id(v.value) for v in model.trainable_variables
         }
+
+
+def test_ways_back_from_inference():
+    x, _ = data()
+    model = compiled(network(BALANCED, 0.7), sgd())
+    kso.condense(model, trainable=False)
+    with pytest.raises(ValueError, match="condensed for inference alone"):
+        fit(compiled(model, sgd()))
+    fit(compiled(kso.condense(model), sgd()))  # tiles are for both
+    kso.condense(model, trainable=False)
+    outer = kso.condense(keras.Sequential([keras.Input((12,)), model]), trainable=False)
+    kso.uncondense(model)
+    fit(compiled(outer, sgd()))
+    kso.condense(model, trainable=False)
+    plain = compiled(kso.strip(model), "sgd")
+    fit(plain)
+    assert model.predict(x, verbose=0).shape == (48, 3)
+
+
+def test_what_was_compiled_for_inference_knows_of_the_form():
+    x, y = data()
+    model = compiled(network(BALANCED, 0.7), sgd())
+    for change in (kso.condense, kso.uncondense, kso.condense):
+        model.evaluate(x, y, verbose=0)
+        before = model.predict(x, verbose=0)
+        change(model)
+        np.testing.assert_allclose(model.predict(x, verbose=0), before, 1e-4, 1e-5)
+        fit(model, kso.RigL(2, 0.3, end_step=100), validation_data=(x, y))
+        now = array(model(x))
+        np.testing.assert_allclose(model.predict(x, verbose=0), now, 1e-4, 1e-5)
+        assert not np.allclose(now, before, 1e-3)

@@ -291,3 +291,75 @@ def test_what_cannot_follow():
         kso.follow(other, third)
     kso.set_mask(kso.sparse_weights(other)[0], np.eye(12, 16, dtype=bool))
     assert_follows(third, other)
+
+
+# ---------------------------------------------------------------------- what a copy cannot have
+
+
+def test_the_masks_of_a_copy_are_not_set():
+    model = network()
+    copy = kso.follow(keras.models.clone_model(model), model)
+    copy.set_weights(model.get_weights())
+    (weight,) = kso.sparse_weights(copy)
+    before = array(weight)
+    for change in (
+        lambda: kso.set_mask(weight, weight.topology.units.random_mask(9, 0)),
+        lambda: kso.masks_from_zeros(copy),
+    ):
+        with pytest.raises(ValueError, match="'a' follows '.*a/kernel', whose mask it has"):
+            change()
+    assert_follows(copy, model)
+    assert np.array_equal(array(weight), before)
+
+
+def test_a_mask_that_a_copy_cannot_have_changes_nothing():
+    model = network(kso.Block(1, 8, balanced=True))
+    copy = kso.follow(keras.models.clone_model(model), model)
+    copy.set_weights(model.get_weights())
+    kso.condense(copy)
+    (weight,) = kso.sparse_weights(model)
+    before, mask = array(weight), array(weight.topology.mask)
+    more = weight.topology.units.random_mask(2 * mask.sum(), 0)
+    with pytest.raises(ValueError, match="The mask of 'a' must have .* tiles, as it is condensed"):
+        kso.set_mask(weight, more)
+    with pytest.raises(ValueError, match="copy with Block"):
+        kso.sparsify(kso.strip(model), 0.5, exclude="b")
+    assert not kso.sparse_weights(model)
+    assert np.array_equal(array(weight), before)
+
+
+def test_a_structure_that_the_copy_has_not():
+    plain = [network() for _ in range(2)]
+    model, copy = map(kso.strip, plain)
+    kso.follow(copy, model)
+    kso.sparsify(copy, 0.5, exclude="b", structure=kso.NM(2, 4))
+    with pytest.raises(ValueError, match=r"another structure, Unstructured\(\)"):
+        kso.sparsify(model, 0.5, exclude="b")
+    assert not kso.sparse_weights(model)
+
+
+def test_steps_know_of_the_masks_of_a_copy():
+    """A compiled copy that is trained by itself gets its masks through the other model."""
+    model, copy = network(), network()
+    model, copy = map(kso.strip, (model, copy))
+    copy.compile("sgd", "mse")
+    x, y = data()
+    y = np.zeros((len(x), 3), "float32")
+    copy.fit(x, y, verbose=0)
+    kso.follow(copy, model)
+    kso.sparsify(model, 0.6, exclude="b")
+    copy.fit(x, y, verbose=0)
+    assert_follows(copy, model)
+
+
+def test_a_file_that_does_not_fit_leaves_copies_as_they_are(tmp_path):
+    other = network(kso.Block(4, 1))
+    kso.save_packed(network(), tmp_path / "m.ksp")
+    copy = kso.follow(keras.models.clone_model(other), other)
+    copy.set_weights(other.get_weights())
+    before = [array(v) for v in copy.weights], masks_of(copy)
+    with pytest.raises(ValueError, match=r"must have the structure Block\(4, 1\)"):
+        kso.load_packed(tmp_path / "m.ksp", other)
+    assert all(np.array_equal(array(v), b) for v, b in zip(copy.weights, before[0]))
+    assert all(np.array_equal(a, b) for a, b in zip(masks_of(copy), before[1]))
+    assert_follows(copy, other)

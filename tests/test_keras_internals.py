@@ -154,11 +154,15 @@ def test_steps_of_models_around():
     inputs = keras.Input((4,))
     outer = keras.Model(inputs, inner(inputs))
     weight = inner.get_layer("d").kernel
-    assert internals.models_with_steps([weight]) == []
+    assert set(map(id, internals.models_of([weight]))) == {id(inner), id(outer)}
+    assert internals.models_of([keras.Variable(1.0)]) == []
+    internals.forget_functions(outer, also_of_inference=True)
+    assert getattr(outer, "train_function", None) is None
     outer.compile("sgd", "mse")
     outer.make_train_function()
-    assert internals.models_with_steps([weight]) == [outer]
-    assert internals.models_with_steps([keras.Variable(1.0)]) == []
+    before = outer.train_function
+    internals.forget_functions(outer, also_of_inference=False)
+    assert outer.train_function is not None and outer.train_function is not before
 
 
 def test_who_calls():

@@ -253,3 +253,74 @@ def test_a_frozen_layer_keeps_its_mask(tmp_path):
 def test_a_directory_that_is_not_there_is_told_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="`path` must be in a directory that exists"):
         kso.save_packed(network(), tmp_path / "no" / "m.ksp")
+
+
+# ---------------------------------------------------------------------- into a model that is there
+
+
+class Refusing(layers.Dense):
+    def load_own_variables(self, store):
+        raise ValueError("not this one")
+
+
+def with_last(kind):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [keras.Input((12,)), layers.Dense(16, name="a"), kind(16, name="b"), kind(3, name="c")]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*seems to be trained")
+def test_a_load_that_fails_late_gives_everything_back(tmp_path):
+    """Masks that were there and new ones, stripped weights, slots of an optimizer of one's own."""
+    source = kso.sparsify(with_last(layers.Dense), 0.5, "uniform", seed=1)
+    kso.save_packed(source, tmp_path / "m.ksp")
+    model = kso.sparsify(with_last(Refusing), 0.5, "uniform", exclude=["b", "c"])
+    kso.strip(model.get_layer("c"))
+    optimizer = kso.SparseOpt(keras.optimizers.SGD(0.1, momentum=0.9))
+    optimizer.build(model.trainable_variables)
+    optimizer.apply([keras.ops.ones(v.shape) for v in model.trainable_variables])
+    copy = kso.follow(keras.models.clone_model(model), model)
+
+    def state():
+        held = [*model.weights, *copy.weights, *optimizer.weights_of_inner()]
+        return bits(map(array, held)), bits(masks_of(model)), bits(masks_of(copy))
+
+    optimizer.weights_of_inner = lambda: optimizer.inner_optimizer.variables
+    before = state()
+    with pytest.raises(ValueError):
+        kso.load_packed(tmp_path / "m.ksp", model)
+    assert state() == before
+    assert model.get_layer("c").kernel.was_stripped
+
+
+def test_steps_that_are_compiled_know_of_masks_from_a_file(tmp_path):
+    kso.save_packed(network(), tmp_path / "m.ksp")
+    model = without_masks()
+    compiled(model, "sgd")
+    model.fit(*data(), verbose=0)
+    kso.load_packed(tmp_path / "m.ksp", model)
+    model.fit(*data(), verbose=0)
+    kernel = model.get_layer("hidden").kernel
+    assert kernel.topology.sparsity > 0.5 and kernel.topology.moved_weights() == 0
+
+
+def test_weights_outside_of_masks_are_not_packed(tmp_path):
+    model = network()
+    with model.get_layer("hidden").kernel.topology.moving():  # as `torch.optim` does
+        model.get_layer("hidden").kernel.assign(np.ones((12, 64), "float32"))
+    with pytest.raises(ValueError, match="Inactive weights are not 0.*Received: hidden"):
+        kso.save_packed(model, tmp_path / "m.ksp")
+    assert not (tmp_path / "m.ksp").exists()
+    compiled(model, kso.SparseOpt("adam"))
+    with pytest.raises(ValueError, match="'hidden' is denser than its mask"):
+        model.fit(*data(), verbose=0)
+
+
+def test_a_layer_is_no_model(tmp_path):
+    for call in (
+        lambda layer: kso.save_packed(layer, tmp_path / "m.ksp"),
+        lambda layer: kso.load_packed(tmp_path / "m.ksp", layer),
+    ):
+        with pytest.raises(TypeError, match="`model` must be a Keras model"):
+            call(network().get_layer("head"))

@@ -290,7 +290,7 @@ def test_wrong_arguments_change_nothing(case):
 def test_masks_that_are_there_and_values_that_are_none():
     model = trained()
     model.get_layer("a").kernel.assign(np.full((12, 16), np.inf))
-    with pytest.raises(ValueError, match="score of '.*a/kernel' is not finite"):
+    with pytest.raises(ValueError, match="a/kernel', whose scores are not finite"):
         kso.prune(model, 0.5)
     with pytest.raises(TypeError, match="`model` must be a Keras model"):
         kso.prune(3, 0.5)
@@ -335,7 +335,7 @@ def test_sparsify_warns_of_trained_models():
         kso.sparsify(trained(), 0.5)
     loaded = keras.models.clone_model(trained())
     loaded.set_weights(trained().get_weights())
-    with pytest.warns(UserWarning, match="a/bias' is not 0"):
+    with pytest.warns(UserWarning, match="a/bias' is not as it was initialized"):
         kso.sparsify(loaded, 0.5)
 
 
@@ -368,3 +368,38 @@ def test_sparsify_does_not_warn_of_others():
     ])  # fmt: skip
     new.compile("adam", "mse")
     kso.sparsify(new, 0.5)
+
+
+def test_sparsify_warns_of_trained_models_without_biases():
+    inputs = keras.Input((12,))
+    x = layers.RMSNormalization()(layers.Dense(16, use_bias=False)(inputs))
+    model = keras.Model(inputs, layers.Dense(3, use_bias=False)(x))
+    clone = keras.models.clone_model(model)
+    model.compile("rmsprop", loss())
+    model.fit(*data(), verbose=0)
+    clone.set_weights(model.get_weights())
+    with pytest.warns(UserWarning, match="scale' is not as it was initialized"):
+        kso.sparsify(clone, 0.5)
+
+
+def test_wanda_takes_lists_of_inputs_batch_by_batch():
+    def two_inputs():
+        keras.utils.set_random_seed(0)
+        a, b = keras.Input((4,)), keras.Input((6,))
+        return keras.Model([a, b], layers.Dense(8)(a) + layers.Dense(8)(b))
+
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=(40, n)).astype("float32") for n in (4, 6)]
+    whole, parts = two_inputs(), two_inputs()
+    kso.prune(whole, 0.5, "wanda", x, verbose=0)
+    kso.prune(parts, 0.5, "wanda", iter([[a[:20] for a in x], [a[20:] for a in x]]), verbose=0)
+    for a, b in zip(masks_of(whole), masks_of(parts), strict=True):
+        assert np.array_equal(a, b)
+    with pytest.raises(ValueError, match=r"as many examples for each input.*\[20, 40\]"):
+        kso.prune(two_inputs(), 0.5, "wanda", [x[0], x[1][:20]], verbose=0)
+
+
+def test_the_bar_over_a_generator_ends_its_line(capsys):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(8)])
+    kso.prune(model, 0.5, "wanda", (np.ones((2, 4), "float32") for _ in range(2)))
+    assert capsys.readouterr().out.endswith("\n")

@@ -110,22 +110,23 @@ _one_at_a_time = threading.RLock()
 @contextlib.contextmanager
 def without_logs():
     """Without what TensorFlow's libraries log below errors; all else is written afterwards."""
-    try:
-        kept = os.dup(2)
-        sys.stderr.flush()
-    except (OSError, AttributeError):  # there is no such output
-        yield
-        return
-    with _one_at_a_time, tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
+    with _one_at_a_time:
         try:
-            yield
-        finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            caught.seek(0)
-            os.write(2, b"".join(line for line in caught if not _LOG_LINE.match(line)))
-            os.close(kept)
+            kept = os.dup(2)
+        except (OSError, AttributeError):  # there is no such output
+            yield
+            return
+        with tempfile.TemporaryFile() as caught:
+            os.dup2(caught.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(kept, 2)
+                caught.seek(0)
+                os.write(2, b"".join(line for line in caught if not _LOG_LINE.match(line)))
+                os.close(kept)
 
 
 def converted(directory, values="float32", sparse=True):

@@ -22,11 +22,23 @@ from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.files import check_place, read_whole, write_whole
 from keras_sparseopt.models.conversion import (
     check_built,
+    check_zeros,
     set_mask,
     sparse_weights,
     strip,
 )
-from keras_sparseopt.models.topology import attach_saved, detach, plain_weights, topology_of
+from keras_sparseopt.models.topology import (
+    attach_saved,
+    check_followers,
+    check_leads,
+    detach,
+    forget_steps,
+    leading_at_the_end,
+    plain_weights,
+    topology_of,
+    trainers_of,
+)
+from keras_sparseopt.structures import as_structure
 from keras_sparseopt.typing import Path
 
 _WEIGHTS, _INDEX = "model.weights.h5", "packed.json"
@@ -81,7 +93,9 @@ def save_packed(model: keras.Model, path: Path, include_optimizer: bool = False)
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If the model is not built.
+        ValueError: If the model is not built; if `include_optimizer` is no bool; or if another
+            optimizer has moved inactive weights.
+        FileNotFoundError: If there is no such directory.
 
     Example:
 
@@ -100,9 +114,10 @@ def save_packed(model: keras.Model, path: Path, include_optimizer: bool = False)
     assert round(weight.topology.sparsity, 3) == 0.9
     ```
     """
-    check_built(model)
+    _check_model(model)
     check_place(path)
     check_bool("include_optimizer", include_optimizer)
+    check_zeros(model)
     with tempfile.TemporaryDirectory() as directory:
         saved = pathlib.Path(directory) / "model.keras"
         model.save(saved)
@@ -122,7 +137,8 @@ def load_packed(
         model: Built Keras model of the same layers that takes the weights, no optimizer's state;
             or `None` (default) to make the one that was saved.
         masks: Bool, defaults to `True`: the model has the masks that it had, and trains on under a
-            `SparseOpt`. `False` for a plain model with zeros in its weights.
+            `SparseOpt`. `False` for a plain model with zeros in its weights; a `model` that has
+            masks keeps them.
         **options: Of `keras.models.load_model`: `custom_objects`, `compile`, `safe_mode`. Without
             `model` only.
 
@@ -130,8 +146,10 @@ def load_packed(
         The model. Compiled only if the file was saved with `include_optimizer=True`.
 
     Raises:
-        ValueError: If the file is damaged, cut off, of another kind, or of another model. `model`
-            has not changed then.
+        TypeError: If `model` is not a Keras model.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, cut off, of another kind, or of another model; or if
+            `model`, or a copy that follows it, cannot have its masks. Nothing has changed then.
 
     Example:
 
@@ -153,7 +171,7 @@ def load_packed(
     """
     check_bool("masks", masks)
     if model is not None:
-        check_built(model)
+        _check_model(model)
         if options:
             raise ValueError(
                 f"Options are for a model that is made here. Received: {sorted(options)}"
@@ -170,11 +188,26 @@ def load_packed(
         return model
 
 
+def _check_model(model):
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    check_built(model)
+
+
 def _load_into(model, saved, found):
     _check_fits(model, saved)
-    with _unchanged_on_failure(model):
+    weights = plain_weights(model)
+    for config, mask in found:
+        variable = weights[config["index"]]
+        topology = topology_of(variable)
+        check_leads(variable)
+        if topology is None:
+            check_followers(variable, as_structure(config["structure"]), mask)
+        else:
+            topology.check_mask(mask, is_final=True)
+    with _unchanged_on_failure(model), leading_at_the_end():
         for config, mask in found:
-            variable = plain_weights(model)[config["index"]]
+            variable = weights[config["index"]]
             if topology_of(variable) is not None:
                 set_mask(variable, mask)
         _hang(model, found)
@@ -186,13 +219,16 @@ def _load_into(model, saved, found):
 @contextlib.contextmanager
 def _unchanged_on_failure(model):
     had = sparse_weights(model)
+    optimizers = {*optimizers_of(model), *(o for v in model.weights for o in trainers_of(v))}
     variables = [*model.variables, *(variable.topology.pattern for variable in had)]
-    for optimizer in optimizers_of(model):
+    for optimizer in optimizers:
         variables += optimizer.variables
     before = [(variable, np.array(host(variable))) for variable in variables]
+    were_stripped = [(v, v.was_stripped) for v in model.weights if hasattr(v, "was_stripped")]
+    states = [variable.topology.known_state() for variable in had]
     try:
         yield
-    except Exception:
+    except BaseException:  # also if it was interrupted
         known = {id(variable) for variable in had}
         for variable in sparse_weights(model):
             if id(variable) not in known:
@@ -202,14 +238,23 @@ def _unchanged_on_failure(model):
                 stack.enter_context(variable.topology.moving())
             for variable, value in before:
                 variable.assign(value)
+        for variable, state in zip(had, states):
+            variable.topology.restore_state(state)
+        for variable, was_stripped in were_stripped:
+            variable.was_stripped = was_stripped
         raise
 
 
 def _hang(model, found):
+    """Hang the masks of a file on the weights that have none."""
+    new = []
     for config, mask in found:
         variable = plain_weights(model)[config["index"]]
         if topology_of(variable) is None:
             attach_saved(variable, config).take(mask)
+            new.append(variable)
+    if new:
+        forget_steps(new)
 
 
 def _check_fits(model, saved):

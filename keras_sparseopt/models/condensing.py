@@ -12,12 +12,13 @@ from keras_sparseopt.checks import check_bool
 from keras_sparseopt.models.condensed import (
     ByNeuron,
     CondensedLayer,
+    Tiled,
     add_indices,
     become,
     by_neuron,
     change_form,
     check_leases,
-    exchange,
+    exchange_on_device,
     for_inference_alone,
     tiled_form,
     uncondense_layers,
@@ -127,8 +128,8 @@ def condense(model: keras.Model, trainable: bool = True) -> keras.Model:
     others = []
     if not trainable:
         others = [k for k in kernels if k not in tiled and _pays_by_neuron(k)]
-    are_condensed = [x for x in keras_internals.all_layers(model) if isinstance(x, CondensedLayer)]
-    if not (tiled or others or are_condensed):
+    already = [x for x in _condensed_layers(model) if isinstance(x, Tiled) or not trainable]
+    if not (tiled or others or already):
         told = "; ".join(f"'{k.variable.topology.name}': {why}" for k, why in reasons[:5])
         way = "" if trainable else f", or {_LARGE:,} weights or more, {_MANY_ZEROS:.0%} of them 0"
         raise ValueError(
@@ -145,12 +146,11 @@ def condense(model: keras.Model, trainable: bool = True) -> keras.Model:
         _condense_tiles(kernel, optimizers)
     for kernel in others:
         _condense_by_neuron(kernel, optimizers)
+    for layer in _condensed_layers(model):
+        layer.is_for_inference = not trainable or isinstance(layer, ByNeuron)
     if not trainable:
-        for layer in keras_internals.all_layers(model):
-            if isinstance(layer, CondensedLayer):
-                layer.is_for_inference = True
-        keras_internals.forbid_training(model, ValueError(for_inference_alone(model)))
-    forget_steps([kernel.variable for kernel in (*tiled, *others)])
+        keras_internals.check_before_training(model, _check_training)
+    forget_steps([kernel.variable for kernel in (*tiled, *others)], also_of_inference=True)
     return model
 
 
@@ -183,12 +183,20 @@ def uncondense(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    layers = [x for x in keras_internals.all_layers(model) if isinstance(x, CondensedLayer)]
+    layers = _condensed_layers(model)
     for layer in layers:
         check_leases(layer._kernel)
     uncondense_layers(layers)
-    keras_internals.allow_training(model)
     return model
+
+
+def _condensed_layers(model):
+    return [x for x in keras_internals.all_layers(model) if isinstance(x, CondensedLayer)]
+
+
+def _check_training(model):
+    if any(layer.is_for_inference for layer in _condensed_layers(model)):
+        raise ValueError(for_inference_alone(model))
 
 
 def _pays_by_neuron(kernel):
@@ -251,7 +259,7 @@ def _condense_tiles(kernel, optimizers):
 
     change_form(variable, stored, tiles, indices, optimizers)
     if topology.spare_mask is not None:
-        exchange(topology.spare_mask, np.zeros((0,), bool))
+        exchange_on_device(topology.spare_mask, np.zeros((0,), bool))
     keras_internals.tell(indices)
 
 
@@ -265,4 +273,4 @@ def _condense_by_neuron(kernel, optimizers):
     become(layer, ByNeuron)
     layer.kernel_shape = shape
     layer.indices = add_indices(layer, indices, "uint16" if inputs <= 2**16 else "int32")
-    exchange(variable, values, optimizers)
+    exchange_on_device(variable, values, optimizers)

@@ -19,6 +19,8 @@ from keras_sparseopt.models.kernels import CONVOLUTIONS, kernels_of
 from keras_sparseopt.models.products import plain_class
 from keras_sparseopt.models.topology import (
     attach,
+    check_followers,
+    check_leads,
     detach,
     forget_steps,
     release,
@@ -68,7 +70,8 @@ def sparsify(
     | never | biases, normalizations, what preprocessing layers know |
 
     What stays dense is **outside the budget**: `sparsity` is the inactive fraction of the masked
-    weights together. `summary` says what that is of the whole model.
+    weights together. `summary` says what that is of the whole model. Weights that have masks
+    already keep them.
 
     Args:
         model: Built Keras model, or a layer.
@@ -156,19 +159,25 @@ def why_trained(model):
         if steps:
             return f"its optimizer has made {steps} steps"
     for layer in keras_internals.all_layers(model):
-        for name in ("bias", "beta", "moving_mean") if layer.built else ():
+        for name in ("bias", "beta", "moving_mean", "gamma", "scale") if layer.built else ():
             variable = getattr(layer, name, None)
-            is_zeros = isinstance(
-                getattr(layer, f"{name}_initializer", None), keras.initializers.Zeros
-            )
-            if not is_zeros or not isinstance(variable, keras.Variable):
+            if not isinstance(variable, keras.Variable) or keras_internals.is_absent(variable):
                 continue
-            if getattr(layer, "unit_forget_bias", False):  # which begins with ones
-                continue
-            is_here = not keras_internals.is_absent(variable) and is_whole(variable)
-            if is_here and host(variable).any():
-                return f"'{variable.path}' is not 0"
+            if is_whole(variable) and _differs_from_start(layer, name, host(variable)):
+                return f"'{variable.path}' is not as it was initialized"
     return ""
+
+
+def _differs_from_start(layer, name, value):
+    """Whether a constant that a layer began with has changed, as far as that is known."""
+    initializer = getattr(layer, f"{name}_initializer", None)
+    if isinstance(initializer, keras.initializers.Zeros):
+        begins_with_ones = getattr(layer, "unit_forget_bias", False)
+        return not begins_with_ones and bool(value.any())
+    if isinstance(initializer, keras.initializers.Ones):
+        return bool((value != 1).any())
+    # Normalizations that do not tell, such as RMSNormalization, begin with equal values.
+    return "norm" in type(layer).__name__.lower() and bool((value != value.flat[0]).any())
 
 
 def warn_of_dense(model, kernels, counts, structures, exclude, distribution):
@@ -259,12 +268,7 @@ def attach_all(model, kernels, drawn, skew_correction, structures):
         skew_correction: As in `sparsify`.
         structures: Dict, what `structures_of` returns.
     """
-    for kernel in kernels:
-        if kernel.size > masks.MAX_KERNEL_SIZE:
-            raise ValueError(
-                f"A sparse kernel may hold at most {masks.MAX_KERNEL_SIZE} weights. "
-                f"Received: '{kernel.variable.path}' of shape {tuple(kernel.variable.shape)}"
-            )
+    check_attached(kernels, drawn, structures)
     following = Following(model)
     feeds = [following.normalization_after(kernel.layer) for kernel in kernels]
     if isinstance(skew_correction, bool):
@@ -283,6 +287,17 @@ def attach_all(model, kernels, drawn, skew_correction, structures):
             _name(model, variable), normalization, structures[id(variable)],
         )  # fmt: skip
     forget_steps([kernel.variable for kernel in kernels])
+
+
+def check_attached(kernels, drawn, structures):
+    """Raise ValueError for kernels that cannot have masks: see `attach_all`."""
+    for kernel, mask in zip(kernels, drawn):
+        if kernel.size > masks.MAX_KERNEL_SIZE:
+            raise ValueError(
+                f"A sparse kernel may hold at most {masks.MAX_KERNEL_SIZE} weights. "
+                f"Received: '{kernel.variable.path}' of shape {tuple(kernel.variable.shape)}"
+            )
+        check_followers(kernel.variable, structures[id(kernel.variable)], mask)
 
 
 def _name(model, variable):
@@ -308,6 +323,11 @@ def check_built(model):
 def _matched(model, kernels, argument, rules):
     """Ids of the variables of those kernels that a rule of the argument means."""
     single = isinstance(rules, (str, type, keras.layers.Layer, keras.Variable)) or callable(rules)
+    if not single and not isinstance(rules, (list, tuple)):
+        raise ValueError(
+            f"`{argument}` must be a rule or a list of rules: names, patterns, layers, layer "
+            f"classes, predicates, variables. Received: {argument}={rules!r}"
+        )
     matched: set[int] = set()
     for rule in [rules] if single else list(rules):
         hits = {id(k.variable) for k in kernels if _means(model, rule, k, argument)}
@@ -440,20 +460,11 @@ def strip(model: keras.Model) -> keras.Model:
             "`model` must hold sparse layers of this package: a subclass of one has no plain "
             f"counterpart. Received: {', '.join(own)}"
         )
-    moved = [
-        v.topology.name
-        for v in sparse_weights(model)
-        if v.topology.is_attached and not v.topology.is_open and v.topology.moved_weights()
-    ]
-    if moved:
-        raise ValueError(
-            "Inactive weights are not 0: something other than SparseOpt has moved them, and "
-            "letting go of the masks would hide that. Zero them with set_mask(variable, "
-            f"variable.topology.mask), or keep them. Received: {', '.join(moved)}"
-        )
+    check_zeros(model)
     layers = keras_internals.all_layers(model)
     uncondense_layers([layer for layer in layers if isinstance(layer, CondensedLayer)])
     changed = sparse_weights(model)
+    is_plain = not (changed or owners or any(isinstance(x, CondensedLayer) for x in layers))
     for layer in owners:
         _make_plain(layer)
     for variable in model.weights:
@@ -463,9 +474,25 @@ def strip(model: keras.Model) -> keras.Model:
         if topology_of(variable) is not None:
             detach(variable)
     forget_steps(changed)
-    if hasattr(model, "compiled"):
+    if hasattr(model, "compiled") and not is_plain:
         keras_internals.uncompile(model)
     return model
+
+
+def check_zeros(model):
+    """Raise ValueError where weights are not 0 outside of their masks."""
+    moved = [
+        v.topology.name
+        for v in sparse_weights(model)
+        if v.topology.is_attached and not v.topology.is_open and v.topology.moved_weights()
+    ]
+    if moved:
+        raise ValueError(
+            "Inactive weights are not 0: something other than SparseOpt has moved them. Zero them "
+            "with set_mask(variable, variable.topology.mask); or take masks from the weights as "
+            "they are with keras_sparseopt.masks_from_zeros(model). "
+            f"Received: {', '.join(moved)}"
+        )
 
 
 def _make_plain(layer):
@@ -525,6 +552,7 @@ def set_mask(target: Any, mask: Array) -> None:
             "`target` must be a sparse weight or a layer that owns exactly one. "
             f"Received: target={target!r}"
         )
+    check_leads(variables[0])
     topology = variables[0].topology
     mask = topology.check_mask(mask, is_final=True)
     topology.change(topology.form.of_mask(mask))
@@ -588,7 +616,9 @@ def masks_from_zeros(
     own = [(v, _from_zeros(v, v.topology.kernel, v.topology.units)) for v in sparse_weights(model)]
     found = [_from_zeros(k.variable, k.variable, k.units(structures[id(k.variable)])) for k in new]
     for variable, mask in own:
+        check_leads(variable)
         variable.topology.check_mask(mask, is_final=True)
+    check_attached(new, found, structures)
     for variable, mask in own:
         set_mask(variable, mask)
     attach_all(model, new, found, "auto", structures)

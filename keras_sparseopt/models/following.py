@@ -4,7 +4,13 @@ import keras
 
 from keras_sparseopt.models.conversion import check_built
 from keras_sparseopt.models.kernels import kernels_of
-from keras_sparseopt.models.topology import leader_of, let_follow, shape_of, topology_of
+from keras_sparseopt.models.topology import (
+    forget_steps,
+    leader_of,
+    let_follow,
+    shape_of,
+    topology_of,
+)
 
 
 def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
@@ -20,8 +26,9 @@ def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
     the copy collects what was active at any time. Methods such as `RigL` leave the copy alone.
 
     Call it before or after `sparsify`, in every process that trains: files hold no such relation.
-    What the copy is given outside of the mask goes with the next change. `strip(copy)` ends it, and
-    after `strip(model)` the copy keeps the masks that it has.
+    What the copy is given outside of the mask becomes 0 at the next change, or when the next `fit`
+    of the model begins. `strip(copy)` ends it, and after `strip(model)` the copy keeps the masks
+    that it has.
 
     Args:
         copy: Built Keras model with the same weights, such as `keras.models.clone_model(model)`.
@@ -78,6 +85,7 @@ def follow(copy: keras.Model, model: keras.Model) -> keras.Model:
             )
     for one, other in zip(*pairs):
         let_follow(one, other)
+    forget_steps(pairs[0])
     return copy
 
 

@@ -54,7 +54,8 @@ def prune(
     ```
 
     As `sparsify`, but for trained weights, of which the masks of `sparsify` would keep a random
-    part. Counts are exact. Train on with `SparseOpt` to regain accuracy: with fixed masks, or with
+    part. Counts are exact. Weights that have masks already keep them: `strip` comes before to prune
+    these anew. Train on with `SparseOpt` to regain accuracy: with fixed masks, or with
     a method that moves them. To prune little by little while training, which is more accurate at
     high sparsity, use `GMP`.
 
@@ -154,8 +155,8 @@ def check_finite(kernels, scores):
     for kernel, score in zip(kernels, scores):
         if not np.isfinite(score).all():
             raise ValueError(
-                f"The score of '{kernel.variable.path}' is not finite: its weights, the values of "
-                "the model or its loss are not."
+                "`model` must have finite weights, and compute finite values. Received: "
+                f"'{kernel.variable.path}', whose scores are not finite"
             )
 
 
@@ -207,16 +208,18 @@ def _input_norms(model, kernels, data, verbose):
             '"wanda" scores kernels of Dense, EinsumDense and convolutions. Leave out others by '
             f'`exclude`, or take "magnitude". Received: {", ".join(unknown)}'
         )
-    batches, number = _batches(data)
+    batches, number = _batches(data, len(getattr(model, "inputs", None) or [None]))
     bar = progress(number, verbose, "batch")
     sums: dict[int, Any] = {}
     with contextlib.ExitStack() as stack:
         for kernel in kernels:
             stack.enter_context(_told_inputs(kernel.layer, sums))
         stack.enter_context(backend.without_gradients())
-        for inputs in batches:
+        for seen, inputs in enumerate(batches, 1):
             model(inputs, training=False)
-            bar.add(1)
+            bar.update(seen, finalize=False if number is None else None)
+        if number is None and bar.verbose:
+            bar.update(seen, finalize=True)
     unseen = [k.variable.path for k in kernels if not np.any(sums.get(id(k.layer), 0))]
     if unseen:
         raise ValueError(
@@ -226,15 +229,26 @@ def _input_norms(model, kernels, data, verbose):
     return [np.sqrt(sums[id(kernel.layer)]).astype("float32") for kernel in kernels]
 
 
-def _batches(data):
-    """Inputs of a model, batch by batch: an iterable, and how many, or `None`."""
+def _batches(data, num_inputs):
+    """Inputs of a model that has so many, batch by batch: an iterable, and how many, or `None`."""
+
+    def inputs_of(batch):
+        is_tuple = isinstance(batch, tuple) or (isinstance(batch, list) and num_inputs == 1)
+        return batch[0] if is_tuple else batch
+
     if isinstance(data, keras.utils.PyDataset):
         number = data.num_batches
         _check_ends(data, number is not None)
-        return (_inputs_of(data[i]) for i in range(number)), number
+        return (inputs_of(data[i]) for i in range(number)), number
     inputs = data[0] if isinstance(data, tuple) and data else data
     arrays = keras.tree.flatten(inputs)
     if arrays and all(hasattr(array, "shape") for array in arrays):
+        lengths = {len(array) for array in arrays}
+        if len(lengths) > 1:
+            raise ValueError(
+                "`data` must have as many examples for each input. Received: arrays of lengths "
+                f"{sorted(lengths)}"
+            )
         slices = range(0, len(arrays[0]), _BATCH)
 
         def part(start):
@@ -252,7 +266,7 @@ def _batches(data):
         number = len(data)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a data set of unknown length
         number = None
-    return map(_inputs_of, data), number
+    return map(inputs_of, data), number
 
 
 def _check_ends(data, does):
@@ -260,10 +274,6 @@ def _check_ends(data, does):
         raise ValueError(
             f"`data` must end: take some batches of it. Received: {type(data).__name__} without end"
         )
-
-
-def _inputs_of(batch):
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 @contextlib.contextmanager

@@ -106,7 +106,13 @@ class Topology:
         return self
 
     def lead(self):
-        """The weights that follow this one get its mask: see `keras_sparseopt.follow`."""
+        """The weights that follow this one get its mask: see `keras_sparseopt.follow`.
+
+        Steps that were compiled without a mask do not know of one that is new: `forget_steps`.
+        """
+        if _waiting:
+            _waiting[-1].append(self)
+            return
         for variable in followers_of(self.variable):
             topology = topology_of(variable)
             if topology is None:
@@ -115,7 +121,6 @@ class Topology:
                     self.skew_correction, self.name, self.feeds, self.structure,
                     announced=self._announced,
                 )  # fmt: skip
-                forget_steps([variable])
             if self.is_open or keras_internals.is_absent(self.pattern):
                 continue
             if topology.is_condensed:
@@ -123,11 +128,15 @@ class Topology:
             else:
                 # A copy: the memory of the leader's may be freed.
                 mask = np.array(host(self.mask)) if self.is_on_host() else ops.copy(self.mask)
-                with topology.moving():
-                    values = ops.convert_to_tensor(variable)
-                    variable.assign(masks.masked(values, ops.convert_to_tensor(mask)))
+                topology._drop_outside(mask)
                 topology._have(mask)
             topology.set_budget()
+
+    def _drop_outside(self, mask):
+        """What is not 0 outside of a mask becomes 0, of a masked weight."""
+        values = ops.convert_to_tensor(self.variable)
+        with self.moving():
+            self.variable.assign(masks.masked(values, ops.convert_to_tensor(mask)))
 
     @property
     def is_led(self):
@@ -200,6 +209,13 @@ class Topology:
     def is_open(self):
         """Whether nothing has filled the mask yet."""
         return self._announced is not None
+
+    def known_state(self):
+        """What is known of the mask beside its values, for `restore_state`."""
+        return self._announced, self.weights_came
+
+    def restore_state(self, state):
+        self._announced, self.weights_came = state
 
     def fill(self):
         """Fill a mask that is open from the zeros of the weight, if it has such."""
@@ -282,6 +298,7 @@ class Topology:
                 "condensed; for another number call keras_sparseopt.uncondense(model) before. "
                 f"Received: {tiles}"
             )
+        check_followers(self.variable, self.structure, mask)
         return mask
 
     def check_units(self, chosen):
@@ -448,6 +465,8 @@ class Topology:
         """
         if self.is_moving or backend.is_traced(value) or keras_internals.in_stateless_scope():
             return None
+        if tuple(np.shape(value)) != tuple(variable.shape):
+            return None  # Keras refuses it
         counters = [keras_internals.step_count(o.base_optimizer()) for o in self.optimizers]
         if any(map(keras_internals.is_absent, (self.pattern, self.variable, *counters))):
             return None  # JAX brings its state back, one variable after the other
@@ -455,7 +474,7 @@ class Topology:
             return self._before_pattern(value)
         if self.is_condensed or not self.is_attached or self.variable.constraint.has_given(value):
             return None
-        if self.is_led:  # what is outside of the mask goes when the leader's next comes
+        if self.is_led:  # perhaps the leader's mask comes next, as where both are restored
             return None
         self.weights_came |= self.is_open
         if self.is_open:
@@ -467,7 +486,7 @@ class Topology:
 
     def _before_pattern(self, value):
         if not self.is_condensed:
-            if self.is_on_host():
+            if self.is_on_host() and not self.is_led:
                 self.check_mask(value)
             return self._after_pattern
         if not self.form.is_pattern(host(value)):
@@ -504,7 +523,8 @@ class Topology:
                 "keras_sparseopt.strip(model), load, and keras_sparseopt.masks_from_zeros(model). "
                 "EarlyStopping that restores weights from before a pruning method had ended needs "
                 "start_from_epoch; a copy that averages the weights of another model, whose masks "
-                "move, needs keras_sparseopt.follow(copy, model)."
+                "move, needs keras_sparseopt.follow(copy, model); an optimizer with use_ema=True "
+                "needs a SparseOpt around it."
             )
         return new if outside else None
 
@@ -528,15 +548,16 @@ class Topology:
         """Where Keras' `enable_lora` is called on the layer of the weight."""
         warnings.warn(
             f"LoRA on the sparse weight '{self.name}' is dense: what it adds is in no mask, and "
-            "Keras saves the sum of both, so that a file holds a dense kernel. The mask of this "
-            "weight is not saved while it is frozen.",
+            "Keras saves the sum of both, so that a file holds a dense kernel.",
             stacklevel=4,
         )
 
     def settle(self):
         """Weights win, also where an assignment went past the variable (`tf.train.Checkpoint`)."""
         self.fill()
-        if self.is_attached and not (self.is_open or self.is_condensed):
+        if self.is_led:
+            leader_of(self.variable).topology.lead()
+        elif self.is_attached and not (self.is_open or self.is_condensed):
             mask = self._fitting(self.variable)
             if mask is not None:
                 self.replace_mask(mask)
@@ -682,6 +703,55 @@ def is_trained_by(variable, optimizer):
     variable.trainers = [weakref.ref(o) for o in (*trainers_of(variable), optimizer)]
 
 
+def check_followers(variable, structure, mask):
+    """Raise ValueError where a weight that follows cannot have a mask.
+
+    Args:
+        variable: Keras variable, the weight that leads.
+        structure: `Structure` that its mask has, or is about to have.
+        mask: NumPy bool array.
+    """
+    for follower in followers_of(variable):
+        topology = topology_of(follower)
+        if topology is None:
+            check_followers(follower, structure, mask)
+        elif not topology.is_open:
+            if topology.structure != structure:
+                raise ValueError(
+                    f"'{topology.name}' of the copy follows '{variable.path}', whose mask has "
+                    f"another structure, {structure}: strip(copy) before, or give both the same. "
+                    f"Received: a copy with {topology.structure}"
+                )
+            topology.check_mask(mask)
+
+
+def check_leads(variable):
+    """Raise ValueError for a weight that has the mask of another one."""
+    if topology_of(variable) is not None and variable.topology.is_led:
+        raise ValueError(
+            f"'{variable.topology.name}' follows '{leader_of(variable).path}', whose mask it has: "
+            "change that one, or let go of it by keras_sparseopt.strip(copy). Received: "
+            f"'{variable.path}'"
+        )
+
+
+# Topologies whose followers wait, of each `leading_at_the_end`.
+_waiting: list[list[Topology]] = []
+
+
+@contextlib.contextmanager
+def leading_at_the_end():
+    """While masks change that may have to be given back: followers get them once all is well."""
+    _waiting.append([])
+    try:
+        yield
+    except BaseException:
+        _waiting.pop()
+        raise
+    for topology in {id(topology): topology for topology in _waiting.pop()}.values():
+        topology.lead()
+
+
 def let_follow(variable, leader):
     """From now on a variable has the masks of another one, which may have none yet."""
     variable.leader = weakref.ref(leader)
@@ -703,10 +773,18 @@ def followers_of(variable):
     return [v for v in found.values() if v is not None and leader_of(v) is variable]
 
 
-def forget_steps(variables):
-    """Let models compile their train steps anew: what these know of variables has changed."""
-    for model in keras_internals.models_with_steps(variables):
-        model.make_train_function(force=True)  # perhaps in the middle of `fit`
+def forget_steps(variables, also_of_inference=False):
+    """Let models compile their steps anew: what these know of variables has changed.
+
+    Args:
+        variables: List of Keras variables. What follows them has changed, too.
+        also_of_inference: Bool, whether what `evaluate` and `predict` run has changed as well.
+    """
+    variables = list(variables)
+    for variable in variables:  # which grows
+        variables += followers_of(variable)
+    for model in keras_internals.models_of(variables):
+        keras_internals.forget_functions(model, also_of_inference)
 
 
 # ---------------------------------------------------------------------- finding them

@@ -17,6 +17,7 @@ from keras_sparseopt.checks import check_bool
 from keras_sparseopt.models.topology import (
     attach,
     attach_saved,
+    check_leads,
     forget_steps,
     is_trained_by,
     looks_trained_sparse,
@@ -102,9 +103,9 @@ class SparseOpt(WrapperOptimizer):
     Inactive weights, and all their optimizer slots, are exactly 0 after every step: after that of
     an inner optimizer that is not known to keep them so (of a class of your own, Muon, …), they are
     masked once more. Masks that `sparsify` attached are variables of the optimizer and saved with
-    it: plain `keras.models.load_model` brings them back, by the paths of the weights. A weight
-    without a mask that was sparse once (saved while it was frozen, say) takes its mask from its
-    zeros, with a warning.
+    it: plain `keras.models.load_model` brings them back, by the paths of the weights, those of
+    frozen weights too. A weight without a mask that was sparse once (saved before the optimizer was
+    built, say) takes its mask from its zeros, with a warning.
 
     Args:
         inner_optimizer: Keras optimizer, its name or its config. Refused: Adafactor,
@@ -197,6 +198,7 @@ class SparseOpt(WrapperOptimizer):
                 self._state.saved = self._state.saved or getattr(variable, "told_topologies", [])
                 if topology_of(variable) is not None:
                     self.adopt(variable)
+                    self._check_zeros(variable)
             for variable in variables:
                 variable.told_topologies = self._state.saved
             if is_new:
@@ -219,6 +221,13 @@ class SparseOpt(WrapperOptimizer):
                 stacklevel=2,
             )
 
+    def _check_zeros(self, variable):
+        """Weights win, also where another optimizer has moved what is inactive."""
+        topology = variable.topology
+        is_known = backend.is_initialized(variable) and not keras_internals.is_absent(variable)
+        if is_known and not topology.is_open:
+            topology.settle()
+
     def _attach_saved(self, variables):
         saved = self._state.saved
         if saved and not variables:
@@ -227,7 +236,8 @@ class SparseOpt(WrapperOptimizer):
                 "a legacy `.h5` file. Save as `.keras`; or load with compile=False, take the "
                 "masks from the zeros with keras_sparseopt.masks_from_zeros(model), and compile."
             )
-        self._attach_told(saved, variables)
+        if len(self._attach_told(saved, variables)) < len(saved):  # others were frozen
+            self._attach_told(saved, [*variables, *_frozen_beside(variables)])
 
     def _attach_told(self, saved, variables):
         """Hang open masks on variables that have none, and that a file tells of: their list."""
@@ -242,15 +252,21 @@ class SparseOpt(WrapperOptimizer):
         """Masks for weights that were sparse once: an optimizer did not see them, being frozen."""
         regained, unsure, trained = [], [], keras_internals.trained_variables(self)
         told = matching(self._state.saved, trained)
-        for position, variable in enumerate(trained):
-            if topology_of(variable) is not None or getattr(variable, "was_stripped", False):
-                continue
-            zeros, scattered = _zeros_of_training(variable)
+        without = {
+            position: _zeros_of_training(variable)
+            for position, variable in enumerate(trained)
+            if topology_of(variable) is None and not getattr(variable, "was_stripped", False)
+        }
+        # Beside a weight that is sparse, few zeros tell of a mask, too.
+        is_sparse = self.weights or any(share > _FEW_ZEROS for _, share in without.values())
+        few = 0 if is_sparse else _FEW_ZEROS
+        for position, (zeros, scattered) in without.items():
+            variable = trained[position]
             entry = self._state.saved[told[position]] if position in told else None
             if entry is not None and zeros and 1 - zeros <= entry["density"] + 1e-6:
                 attach_saved(variable, entry).fill()
                 how = "as the file describes it"
-            elif scattered > (_FEW_ZEROS if entry is None else 0):
+            elif scattered > (few if entry is None else 0):
                 mask, rank = host(variable) != 0, len(variable.shape)
                 attach(variable, mask, (rank - 1,), (rank - 2,), False, variable.path)
                 how = "unstructured, not corrected"
@@ -626,6 +642,7 @@ class SparseOpt(WrapperOptimizer):
                 fit, or has not the weight's structure. Nothing has changed then.
         """
         topology = self.weight_of(variable).topology
+        check_leads(variable)
         topology.change(topology.form.of_mask(topology.check_mask(new_mask)), grown)
         topology.set_budget()
 
@@ -806,6 +823,12 @@ class SparseOpt(WrapperOptimizer):
                 "have them now. To train them densely call keras_sparseopt.strip.",
                 stacklevel=2,
             )
+        trained = keras_internals.trained_variables(self)
+        every = [*trained, *(_frozen_beside(trained) if len(saved) > len(self.weights) else [])]
+        for position, at in matching(saved, every).items():
+            topology = topology_of(every[position])
+            if position >= len(trained) and topology is not None:
+                self._load_mask(topology, store, at)
         weights = self.weights
         found = matching(saved, [weight.variable for weight in weights])
         missing = [
@@ -828,19 +851,23 @@ class SparseOpt(WrapperOptimizer):
         An open mask is for a weight from the same file.
         """
         topology = weight.topology
-        if f"{at}_explored" not in store.keys():
+        if f"{at}_explored" not in store.keys() or not self._load_mask(topology, store, at):
             return False
-        if topology.is_attached and f"{at}_mask" in store.keys():
-            mask = topology.check_mask(np.asarray(store[f"{at}_mask"]).astype(bool))
-            can_look = topology.weights_came and backend.is_whole(weight.variable)
-            if can_look and (topology.plain(weight.variable)[~mask] != 0).any():
-                return False
-            topology.replace_mask(mask)
         explored = topology.form.bits_from_weights(np.asarray(store[f"{at}_explored"]))
         weight.explored.assign(explored)
         weight.budget.assign(store[f"{at}_budget"])
         topology.settle()
         self.follow(topology, explores=False)
+        return True
+
+    def _load_mask(self, topology, store, at):
+        """Take over a mask that was saved; whether the weight fits, where it has come before."""
+        if topology.is_attached and f"{at}_mask" in store.keys():
+            mask = topology.check_mask(np.asarray(store[f"{at}_mask"]).astype(bool))
+            can_look = topology.weights_came and backend.is_whole(topology.variable)
+            if can_look and (topology.plain(topology.variable)[~mask] != 0).any():
+                return False
+            topology.replace_mask(mask)
         return True
 
     def get_config(self) -> dict[str, Any]:
@@ -849,10 +876,12 @@ class SparseOpt(WrapperOptimizer):
             "skew_correction": self.skew_correction,
             "renormalize": self.renormalize,
         }
-        own = [w.topology.get_config() for w in self.weights if w.topology.is_attached]
+        trained = keras_internals.trained_variables(self) if self.built else []
+        topologies = [weight.topology for weight in self.weights]
+        topologies += [v.topology for v in _frozen_beside(trained) if topology_of(v) is not None]
+        own = [topology.get_config() for topology in topologies if topology.is_attached]
         paths = {entry["path"] for entry in own}
         # What a file told of weights that are frozen now goes on to the next one.
-        trained = keras_internals.trained_variables(self) if self.built else []
         told = matching(self._state.saved, trained)
         gone = {at for i, at in told.items() if getattr(trained[i], "was_stripped", False)}
         kept = [entry for at, entry in enumerate(self._state.saved) if at not in gone]
@@ -860,6 +889,18 @@ class SparseOpt(WrapperOptimizer):
         if saved:
             config["topologies"] = saved
         return config
+
+
+def _frozen_beside(variables):
+    """What an optimizer does not know: the frozen weights of the models that hold variables."""
+    known = {id(variable) for variable in variables}
+    models = keras_internals.models_of(variables) if variables else []
+    every = {id(v): v for model in models for v in model.weights}
+    return [
+        v for key, v in every.items()
+        if key not in known and not (v.trainable or getattr(v, "was_stripped", False))
+        and (topology_of(v) is None or v.topology.variable is v)
+    ]  # fmt: skip
 
 
 def _is_seen(variable):
