@@ -16,6 +16,7 @@ are eager in PyTorch, as is Keras' default there. Dense and condensed take turns
 """
 
 import argparse
+import datetime
 import functools
 import gc
 import json
@@ -419,7 +420,8 @@ def main():
         )  # fmt: skip
         for line in process.stdout:
             if line.startswith("{"):
-                rows.append(json.loads(line))
+                today = datetime.date.today().isoformat()
+                rows.append({**json.loads(line), "date": today})  # parts may be measured one by one
                 told = {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}
                 print(told, flush=True)
         if process.wait():
