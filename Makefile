@@ -44,7 +44,7 @@ all-tensorflow all-jax all-torch: all-%: $(VENV)/.test
 # Puts the nightly Keras into the environment of the tests.
 nightly-keras: $(VENV)/.test
 	$(BIN)/python -m pip uninstall --quiet --yes keras
-	$(BIN)/python -m pip install --quiet --pre keras-nightly
+	$(BIN)/python -m pip install --quiet --no-deps --pre keras-nightly
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
