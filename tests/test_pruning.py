@@ -399,6 +399,12 @@ def test_wanda_takes_lists_of_inputs_batch_by_batch():
         kso.prune(two_inputs(), 0.5, "wanda", [x[0], x[1][:20]], verbose=0)
 
 
+def test_a_generator_without_batches_is_told():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(8)])
+    with pytest.raises(ValueError, match="`data` must bring values"):
+        kso.prune(model, 0.5, "wanda", iter([]))
+
+
 def test_the_bar_over_a_generator_ends_its_line(capsys):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(8)])
     kso.prune(model, 0.5, "wanda", (np.ones((2, 4), "float32") for _ in range(2)))

@@ -215,10 +215,11 @@ def _input_norms(model, kernels, data, verbose):
         for kernel in kernels:
             stack.enter_context(_told_inputs(kernel.layer, sums))
         stack.enter_context(backend.without_gradients())
+        seen = 0
         for seen, inputs in enumerate(batches, 1):
             model(inputs, training=False)
-            bar.update(seen, finalize=False if number is None else None)
-        if number is None and bar.verbose:
+            bar.update(seen)
+        if number is None and seen:
             bar.update(seen, finalize=True)
     unseen = [k.variable.path for k in kernels if not np.any(sums.get(id(k.layer), 0))]
     if unseen:

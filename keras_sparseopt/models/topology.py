@@ -128,15 +128,11 @@ class Topology:
             else:
                 # A copy: the memory of the leader's may be freed.
                 mask = np.array(host(self.mask)) if self.is_on_host() else ops.copy(self.mask)
-                topology._drop_outside(mask)
+                with topology.moving():
+                    values = ops.convert_to_tensor(variable)
+                    variable.assign(masks.masked(values, ops.convert_to_tensor(mask)))
                 topology._have(mask)
             topology.set_budget()
-
-    def _drop_outside(self, mask):
-        """What is not 0 outside of a mask becomes 0, of a masked weight."""
-        values = ops.convert_to_tensor(self.variable)
-        with self.moving():
-            self.variable.assign(masks.masked(values, ops.convert_to_tensor(mask)))
 
     @property
     def is_led(self):
