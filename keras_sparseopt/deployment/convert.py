@@ -13,14 +13,12 @@ import numpy as np
 
 from keras_sparseopt import backend, keras_internals
 from keras_sparseopt.backend import host
-from keras_sparseopt.models.conversion import check_built
+from keras_sparseopt.models.conversion import check_model
 
 
 def check_exportable(model, inputs, batch_size=1):
     """The inputs as NumPy arrays, drawn if there are none; or an error that says why not."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    check_built(model)
+    check_model(model)
     if backend.NAME != "tensorflow":
         raise ValueError(
             "TFLite files need TensorFlow's converter: save the model, and load and export it "

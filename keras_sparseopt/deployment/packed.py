@@ -21,7 +21,7 @@ from keras_sparseopt.checks import check_bool
 from keras_sparseopt.devices import optimizers_of
 from keras_sparseopt.files import check_place, read_whole, write_whole
 from keras_sparseopt.models.conversion import (
-    check_built,
+    check_model,
     check_zeros,
     set_mask,
     sparse_weights,
@@ -114,7 +114,7 @@ def save_packed(model: keras.Model, path: Path, include_optimizer: bool = False)
     assert round(weight.topology.sparsity, 3) == 0.9
     ```
     """
-    _check_model(model)
+    check_model(model)
     check_place(path)
     check_bool("include_optimizer", include_optimizer)
     check_zeros(model)
@@ -171,7 +171,7 @@ def load_packed(
     """
     check_bool("masks", masks)
     if model is not None:
-        _check_model(model)
+        check_model(model)
         if options:
             raise ValueError(
                 f"Options are for a model that is made here. Received: {sorted(options)}"
@@ -186,12 +186,6 @@ def load_packed(
             return strip(model)
         _hang(model, found)  # the optimizer brings back the masks of what it trains
         return model
-
-
-def _check_model(model):
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    check_built(model)
 
 
 def _load_into(model, saved, found):

@@ -304,6 +304,13 @@ def _name(model, variable):
     return variable.path.removeprefix(f"{model.name}/").removesuffix("/kernel")
 
 
+def check_model(model):
+    """As `check_built`, where a layer that is no model will not do."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    check_built(model)
+
+
 def check_built(model):
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model or layer. Received: model={model!r}")
