@@ -202,6 +202,39 @@ def store_as(optimizer, written, read):
     optimizer.__dict__["load_own_variables"] = load_own_variables
 
 
+def store_own_only(optimizer):
+    """Let files hold an optimizer's own variables alone, where Keras would add the inner one's.
+
+    These are saved with the inner optimizer, and are others in another form of its weights.
+    """
+    if type(optimizer).save_own_variables is not keras.optimizers.Optimizer.save_own_variables:
+        return
+
+    def save_own_variables(store):
+        for i, variable in enumerate(own_variables(optimizer)):
+            store[str(i)] = keras.ops.convert_to_numpy(variable)
+
+    def load_own_variables(store):
+        for i, variable in enumerate(own_variables(optimizer)):
+            if str(i) in store.keys():
+                variable.assign(store[str(i)])
+
+    optimizer.__dict__["save_own_variables"] = save_own_variables
+    optimizer.__dict__["load_own_variables"] = load_own_variables
+
+
+def outer_of(optimizer):
+    """The optimizer around one, where its method calls the inner one's just now, or `None`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        is_optimizer = isinstance(caller, keras.optimizers.Optimizer)
+        if is_optimizer and getattr(caller, "inner_optimizer", None) is optimizer:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
 def plain_class(optimizer):
     """The class by which Keras' API knows an optimizer; on PyTorch it makes subclasses."""
     inner = "keras.src.backend."
@@ -330,6 +363,7 @@ def told_class(variable_class: Any) -> Any:
         def assign(self, value):
             after = self.topology.before_assign(self, value)
             value = super().assign(value)
+            self.topology.has_seen(self)
             if after is not None:
                 after()
             return value
@@ -438,8 +472,11 @@ def exchange(variable, value, optimizers=()):
     holders = [(o, o._var_key(variable)) for o in optimizers if is_built_with(o, variable)]
     variable._shape, variable._ndim = tuple(value.shape), value.ndim
     variable._layout = None  # of another rank; JAX asks the distribution again
-    old = variable._value
+    old, is_trainable = variable._value, variable._trainable
+    # A frozen one may be thawed: TensorFlow's own flag, which that leaves alone, stays as it was.
+    variable._trainable = getattr(old, "trainable", is_trainable)
     variable._initialize(variable._convert_to_tensor(value, dtype=variable._dtype))
+    variable._trainable = is_trainable
     if hasattr(old, "grad"):  # PyTorch: layers list their parameters, by which `zero_grad` goes
         for parameters in [x for x in gc.get_referrers(old) if isinstance(x, dict)]:
             for name in [name for name, held in parameters.items() if held is old]:

@@ -103,7 +103,16 @@ EXHAUSTIVE = {
 # On PyTorch nothing is compiled, so that all of it is quick; `make test` needs this much.
 QUICK_ON_TORCH = [
     f"test_{name}.py"
-    for name in ("backend", "backup", "callbacks", "condensed", "contract", "optimizers", "saving")
+    for name in (
+        "backend",
+        "backup",
+        "callbacks",
+        "condensed",
+        "contract",
+        "optimizers",
+        "saving",
+        "torch",
+    )
 ]
 
 

@@ -34,7 +34,7 @@ def test_all_backends_offer_the_same():
     # PyTorch has its own.
     common = {
         "as_uint32": ["numbers"], "generator_states": [], "set_generator_states": ["states"],
-        "not_compiled": None, "without_gradients": [],
+        "not_compiled": None, "without_gradients": [], "num_writes": ["variable"],
     }  # fmt: skip
     alone = names_of(files / "without_strategies.py")
     of_jax = alone | names_of(files / "jax.py") | common

@@ -455,6 +455,22 @@ def test_scores_need_no_dense_gradient_and_live_in_windows_only():
     assert not model.optimizer.kept_gradients and not sparse_opt(model).seen_variables
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_flow_of_gradients_is_measured_as_of_masked(every):
+    measured, shapes = [], []
+    for form in (lambda model: model, kso.condense):
+        model = compiled(form(network()), sgd())
+        flow = kso.GradientFlow(every)
+        fit(model, kso.RigL(2, 0.5, end_step=100), flow)
+        measured.append(flow.history)
+        shapes.append(model.optimizer.kept_gradients)
+    assert [entry["step"] for entry in measured[1]] == list(range(every, 13, every))
+    assert not any(shapes)
+    for masked, condensed in zip(*measured, strict=True):
+        for name in ("effective_gradient_flow", "gradient_flow", "skew_angle"):
+            np.testing.assert_allclose(condensed[name], masked[name], 1e-4, 1e-5)
+
+
 # ---------------------------------------------------------------------- in the middle of it
 
 
@@ -678,6 +694,43 @@ def test_a_killed_training_goes_on(tmp_path):
 # ---------------------------------------------------------------------- around it
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_layers_that_were_frozen_meanwhile_can_be_trained(back):
+    model = network()
+    if back:
+        kso.condense(model)
+    for layer in model.layers[:2]:
+        layer.trainable = False
+    (kso.uncondense if back else kso.condense)(model)
+    frozen = [array(layer.kernel) for layer in model.layers[:2]]
+    fit(compiled(model, "sgd"))
+    assert all(np.array_equal(array(x.kernel), k) for x, k in zip(model.layers, frozen))
+    for layer in model.layers[:2]:
+        layer.trainable = True
+    fit(compiled(model, sgd()), kso.Static())
+    for layer, kernel in zip(model.layers, frozen):
+        assert not np.allclose(array(layer.kernel), kernel)
+        assert np.array_equal(array(layer.kernel) != 0, kernel != 0)
+
+
+def test_the_loss_scale_is_in_files_of_any_form(tmp_path):
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    model = kso.condense(network())
+    scaled = keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=64.0, dynamic_growth_steps=3)
+    fit(compiled(model, scaled))
+    scale = float(array(model.optimizer.dynamic_scale))
+    assert scale > 64
+    model.save(tmp_path / "m.keras")
+    kso.save_packed(model, tmp_path / "m.ksp", include_optimizer=True)
+    for again in (
+        keras.models.load_model(tmp_path / "m.keras"),
+        kso.load_packed(tmp_path / "m.ksp"),
+    ):
+        assert float(array(again.optimizer.dynamic_scale)) == scale
+        for form in (lambda model: model, kso.condense):
+            assert_same(form(again), model, 0)
+
+
 def test_copies_and_conversions_go_by_the_plain_form(tmp_path):
     model = kso.condense(network())
     x, _ = data()
@@ -881,6 +934,16 @@ def test_what_cannot_be_is_refused_by_name(what):
         act(kso.condense(network()))
 
 
+def test_an_optimizer_that_knows_no_masks_holds_on_to_the_form():
+    for form, change in ((kso.uncondense, kso.condense), (kso.condense, kso.uncondense)):
+        model = compiled(form(network()), "adam")
+        fit(model)
+        with pytest.raises(ValueError, match="not in a SparseOpt was built .* Received: Adam for"):
+            change(model)
+        fit(model)
+        fit(change(compiled(model, "adam")))
+
+
 def test_errors_of_condense():
     with pytest.raises(TypeError, match="must be a Keras model"):
         kso.condense("model")
@@ -967,6 +1030,16 @@ def test_any_mask_for_inference(tmp_path, monkeypatch):
         assert layer._kernel.shape[0] <= 8 and layer.indices.dtype == "uint16"
     np.testing.assert_allclose(model.predict(x, verbose=0), expected, 1e-5, 1e-5)
     np.testing.assert_allclose(balanced.predict(x, verbose=0), of_tiles, 1e-5, 1e-5)
+    matrices, rows = kso.csr_matrices(model), kso.layer_costs(model)
+    for layer, kernel, row in zip(model.layers, kernels, rows):
+        assert np.array_equal(matrices[layer.name].toarray(), kernel.T)
+        nonzero = np.count_nonzero(kernel)
+        assert (row["name"], row["form"]) == (layer.name, "by neuron")
+        assert (row["active_weights"], row["weights"]) == (nonzero, kernel.size)
+        assert row["flops_sparse"] == 2 * nonzero
+    told: list[str] = []
+    kso.summary(model, told.append)
+    assert "N by neuron" in told[0]
     for one in (model, balanced):
         with pytest.raises(ValueError, match="condensed for inference alone"):
             fit(compiled(one, sgd()))

@@ -18,6 +18,8 @@ def network():
     layers = [
         keras.Input((8, 8, 3)),
         keras.layers.Conv2D(16, 3, activation="relu"),
+        keras.layers.Conv2D(16, 3, padding="same"),
+        keras.layers.Conv2D(16, 3, strides=2, padding="same"),
         keras.layers.Flatten(),
         keras.layers.Dense(32, name="wide"),
     ]

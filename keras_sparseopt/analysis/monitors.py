@@ -104,10 +104,19 @@ class GradientFlow(StepCallback):
             _tensorflow()
             self.log_dir.mkdir(parents=True, exist_ok=True)  # now: others may log there, too
 
+    def begin(self, optimizer: Any, total_steps: float | None = None) -> bool:
+        self._forget()
+        return super().begin(optimizer, total_steps)
+
+    def on_train_begin(self, logs=None):
+        self._forget()
+        super().on_train_begin(logs)
+
+    def _forget(self):
+        self.history, self._last_masks, self._sink, self._measured = [], {}, None, {}
+
     def lease(self, optimizer: Any) -> Any:
-        self.history, self._last_masks, self._sink = [], {}, None
-        self._measured = {}
-        return optimizer.lease_gradients()
+        return optimizer.lease_gradients(whole=True)
 
     def read_logs(self) -> dict[str, float]:
         return dict(self._measured)  # the method logs the rest

@@ -61,6 +61,11 @@ def not_compiled(function):
     return function
 
 
+def num_writes(variable):
+    """How often the memory of a variable was written; `None` where nothing counts that."""
+    return None
+
+
 def generator_states():
     """States of random generators that a training draws from and no layer holds: list of bytes."""
     return []

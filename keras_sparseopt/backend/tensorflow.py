@@ -20,6 +20,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     generator_states,
     gradient_function_by,
     not_compiled,
+    num_writes,
     set_generator_states,
     without_gradients,
 )

@@ -21,7 +21,6 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
     Tap,
     check_optimizer,
     check_strategy,
-    colocated_scope,
     fit_in_own_loop,
     init_scope,
     is_initialized,
@@ -201,6 +200,17 @@ def _num_processes():
 def num_replicas(optimizer):
     """How many replicas compute their own gradients; DistributedDataParallel averages them."""
     return _num_processes()
+
+
+def colocated_scope(value):
+    """The scope in which variables are made: what `inference_mode` makes, nobody may write."""
+    return torch.inference_mode(False)
+
+
+def num_writes(variable):
+    """How often the memory of a variable was written, by `load_state_dict` and `copy_`, too."""
+    value = variable.value
+    return None if value.is_inference() else value._version
 
 
 def generator_states():

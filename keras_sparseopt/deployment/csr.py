@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_sparseopt.models.condensed import layers_by_neuron
 from keras_sparseopt.models.conversion import check_built
 from keras_sparseopt.models.kernels import kernels_of
 from keras_sparseopt.models.products import Letters, active_values, equation_of
@@ -48,13 +49,14 @@ def csr_matrices(model: keras.Model) -> dict[str, Any]:
 
     check_built(model)
     matrices = dict[str, Any]()
-    for kernel in kernels_of(model):
-        equation, _ = equation_of(kernel.layer)
-        matrix = active_values(kernel.variable)
+    found = [(k.layer, k.variable, active_values(k.variable)) for k in kernels_of(model)]
+    found += [(x, x._kernel, x.plain_kernel()) for x in layers_by_neuron(model)]
+    for layer, variable, matrix in found:
+        equation, _ = equation_of(layer)
         if equation is not None and not matrix.all():
-            path = kernel.variable.path.removesuffix("/kernel")
+            path = variable.path.removesuffix("/kernel")
             more = (f"{path}_{number}" for number in itertools.count(1))
-            names = itertools.chain([kernel.layer.name, path], more)
+            names = itertools.chain([layer.name, path], more)
             name = next(name for name in names if name not in matrices)
             matrices[name] = scipy.sparse.csr_array(Letters(equation).matrix(matrix).T)
     if not matrices:

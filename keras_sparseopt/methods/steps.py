@@ -353,6 +353,7 @@ class StepCallback(keras.callbacks.Callback):
         self._look()
         if self._run.step < due or not self.is_due():
             return False
+        self.optimizer.catch_up()
         self.act()
         return True
 

@@ -306,8 +306,12 @@ def _padding(size, window, stride, dilation, kind):
         return reach, 0
     if kind == "valid":
         return 0, 0
-    missing = (-(-size // stride) - 1) * stride + reach + 1 - size
-    missing = max(missing, 0) if isinstance(missing, int) else ops.maximum(missing, 0)
+    if stride == 1:
+        return reach // 2, reach - reach // 2
+    # A size may be unknown: plain arithmetic does for integers of Python and of all backends. ONNX
+    # rounds quotients towards 0, which is right for numbers ≥ 0.
+    missing = reach - (size - 1) % stride
+    missing = (missing + abs(missing)) // 2  # 0 if it is negative
     return missing // 2, missing - missing // 2
 
 
@@ -372,6 +376,11 @@ class ByNeuron(CondensedLayer):
     def product(self, columns):
         values, indices = (backend.tensor_of(v) for v in (self._kernel, self.indices))
         return _sum_by_neuron(columns, values, indices)
+
+
+def layers_by_neuron(model):
+    """The layers of a model that `condense(model, trainable=False)` has stored by neuron."""
+    return [x for x in keras_internals.all_layers(model) if isinstance(x, ByNeuron)]
 
 
 _AT_ONCE = 4  # rows of indices in one turn of the loop: two to four times as fast as one

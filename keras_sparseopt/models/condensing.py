@@ -139,7 +139,7 @@ def condense(model: keras.Model, trainable: bool = True) -> keras.Model:
         )
     optimizers = keras_internals.all_optimizers()
     if trainable:
-        _check_optimizers(tiled, optimizers)
+        _check_optimizers([kernel.variable for kernel in tiled], optimizers)
     elif hasattr(model, "compiled"):
         keras_internals.uncompile(model)
     for kernel in tiled:
@@ -184,8 +184,8 @@ def uncondense(model: keras.Model) -> keras.Model:
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
     layers = _condensed_layers(model)
-    for layer in layers:
-        check_leases(layer._kernel)
+    trained = [layer._kernel for layer in layers if not layer.is_for_inference]
+    _check_optimizers(trained, keras_internals.all_optimizers())
     uncondense_layers(layers)
     return model
 
@@ -211,8 +211,9 @@ def _pays_by_neuron(kernel):
     return zeros >= _MANY_ZEROS
 
 
-def _check_optimizers(kernels, optimizers):
-    for variable in (kernel.variable for kernel in kernels):
+def _check_optimizers(variables, optimizers):
+    """Raise ValueError where an optimizer could not go on with a weight in another form."""
+    for variable in variables:
         check_leases(variable)
         ours = trainers_of(variable)
         for optimizer in ours:
@@ -222,9 +223,9 @@ def _check_optimizers(kernels, optimizers):
             if is_concerned and not any(_are_nested(optimizer, one) for one in ours):
                 raise ValueError(
                     "An optimizer that is not in a SparseOpt was built for the weights, and what "
-                    "it keeps of them would be lost: condense before it is built, or compile "
-                    f"with SparseOpt. Received: {type(optimizer).__name__} for "
-                    f"'{variable.topology.name}'"
+                    "it keeps of them would be lost: condense or uncondense before it is built, "
+                    f"or compile with SparseOpt. Received: {type(optimizer).__name__} for "
+                    f"'{variable.path}'"
                 )
 
 

@@ -488,6 +488,8 @@ def strip(model: keras.Model) -> keras.Model:
 
 def check_zeros(model):
     """Raise ValueError where weights are not 0 outside of their masks."""
+    for variable in sparse_weights(model):
+        variable.topology.catch_up()
     moved = [
         v.topology.name
         for v in sparse_weights(model)

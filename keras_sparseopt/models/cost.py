@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import rich.box
 import rich.console
 import rich.markup
@@ -14,6 +15,7 @@ import rich.table
 from keras import layers as keras_layers
 
 from keras_sparseopt.backend import host
+from keras_sparseopt.models.condensed import layers_by_neuron
 from keras_sparseopt.models.condensing import why_masked
 from keras_sparseopt.models.conversion import NO_MASK_YET, masked_share, told_dense, why_dense
 from keras_sparseopt.models.graph import Following
@@ -36,10 +38,11 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
     Returns:
         List of dicts with `name` (of the layer; unique for sparse ones), `path` (of the weight),
         `type` (of the layer), `shape`, `sparsity`, `active_weights`, `weights`, `structure`
-        (string, `None` for a dense weight), `form` (`"masked"`, `"condensed"`, or `None`),
+        (string, `None` without a mask), `form` (`"masked"`, `"condensed"`, `"by neuron"` for what
+        `condense(model, trainable=False)` has stored so, or `None` for a dense weight),
         `masked_because` (string, why a sparse weight cannot be condensed, `""` if it can or is),
         `dense_because` (string, `""` for a sparse weight),
-        `skew_correction` (bool, `None` for a dense weight), `normalization` (that it feeds, or
+        `skew_correction` (bool, `None` without a mask), `normalization` (that it feeds, or
         `None`), `moved` (inactive weights that are not 0), `flops_dense`, `flops_sparse` (ints or
         `None`).
 
@@ -67,7 +70,7 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
             moved = topology.moved_weights() if topology.is_attached else 0
         if not feeds:
             feeds = following.normalization_after(kernel.layer)
-        flops = _flops_per_weight(kernel, following.graph)
+        flops = _flops_per_weight(kernel.layer, following.graph, kernel.variable.name)
         rows.append(
             {
                 "name": kernel.layer.name if topology is None else topology.name,
@@ -88,7 +91,31 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
                 "flops_sparse": None if flops is None else flops * active,
             }
         )
-    return rows
+    for layer in layers_by_neuron(model):
+        plain = layer.plain_kernel()
+        active, flops = np.count_nonzero(plain), _flops_per_weight(layer, following.graph)
+        rows.append(
+            {
+                "name": layer.name,
+                "path": layer._kernel.path,
+                "type": layer.plain_class.__name__,
+                "shape": plain.shape,
+                "sparsity": 1.0 - active / plain.size,
+                "active_weights": active,
+                "weights": plain.size,
+                "structure": None,
+                "form": "by neuron",
+                "masked_because": "",
+                "dense_because": "",
+                "skew_correction": None,
+                "normalization": following.normalization_after(layer) or None,
+                "moved": 0,
+                "flops_dense": None if flops is None else flops * plain.size,
+                "flops_sparse": None if flops is None else flops * active,
+            }
+        )
+    order = {variable.path: i for i, variable in enumerate(model.weights)}
+    return sorted(rows, key=lambda row: order.get(row["path"], len(order)))
 
 
 def _structure(topology):
@@ -108,10 +135,9 @@ def _form(topology):
     return "condensed" if topology.is_condensed else "masked"
 
 
-def _flops_per_weight(kernel, graph):
-    """FLOPs of one weight for one example, `None` where they cannot be read."""
-    layer = kernel.layer
-    if graph is None or not graph.outputs(layer) or kernel.variable.name == "depthwise_kernel":
+def _flops_per_weight(layer, graph, name="kernel"):
+    """FLOPs of one weight of a layer for one example, `None` where they cannot be read."""
+    if graph is None or not graph.outputs(layer) or name == "depthwise_kernel":
         return None
     transposed = type(layer).__name__.endswith("Transpose")
     separable = type(layer).__name__.startswith("SeparableConv")
@@ -148,6 +174,7 @@ def _einsum_positions(layer, graph):
 
 
 _WIDTH = 100  # columns, at most
+_LETTERS = {"masked": "M", "condensed": "C", "by neuron": "N"}
 
 
 def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) -> Any:
@@ -161,7 +188,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) ->
     | FLOPs | of the active weights, for one example |
     | feeds | the normalization that follows, for which `SparseOpt` corrects unless it says otherwise |
     | structure | of the mask |
-    | form | M: masked, the dense array is stored; C: condensed, active tiles only |
+    | form | M: masked, the dense array is stored; C: condensed, active tiles only; N: what is not 0, by neuron, for inference alone |
 
     Args:
         model: Built Keras model.
@@ -183,6 +210,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) ->
     rows = layer_costs(model)
     table, same = _table(rows)
     masked_weights, every, dense = masked_share(model)
+    every += sum(row["weights"] for row in rows if row["form"] == "by neuron")
     lines = [*same, *_totals(rows)]
     parameters = sum(math.prod(shape_of(variable)) for variable in model.trainable_variables)
     if every:
@@ -237,20 +265,22 @@ def _table(rows):
         "FLOPs": [_si(row["flops_sparse"]) for row in rows],
         "feeds": [_feeds(row) for row in rows],
         "structure": [row["structure"] or "–" for row in rows],
-        "form": [{"masked": "M", "condensed": "C", None: "–"}[row["form"]] for row in rows],
+        "form": [_LETTERS.get(row["form"], "–") for row in rows],
     }
     same = []
     for name in ("feeds", "structure", "form"):
         found = {cell for cell, row in zip(columns[name], rows) if row["form"]}
         if len(found) <= 1:
             del columns[name]
-            full = {"M": "masked", "C": "condensed", "none": "no normalization"}
+            full = {letter: form for form, letter in _LETTERS.items()}
+            full |= {"none": "no normalization", "–": "none"}
             same += [f"{name} {full.get(cell, cell)}" for cell in found]
     if all(row["flops_sparse"] is None for row in rows):
         del columns["FLOPs"]
     lines = ["all masked weights: " + "; ".join(same).replace("form ", "")] if same else []
     if "form" in columns:
-        lines.append("form: M masked, C condensed")
+        used = [form for form in _LETTERS if any(row["form"] == form for row in rows)]
+        lines.append("form: " + ", ".join(f"{_LETTERS[form]} {form}" for form in used))
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         is_text = name in ("weight", "structure", "feeds")
@@ -262,7 +292,7 @@ def _table(rows):
 
 
 def _feeds(row):
-    if not row["form"]:
+    if row["skew_correction"] is None:
         return "–"
     feeds = (row["normalization"] or "none").replace("Normalization", "Norm")
     if bool(row["normalization"]) == row["skew_correction"]:
@@ -272,7 +302,10 @@ def _feeds(row):
 
 def _totals(rows):
     lines = []
-    for title, part in (("masked weights", [r for r in rows if r["form"]]), ("all kernels", rows)):
+    for title, part in (
+        ("masked weights", [r for r in rows if r["structure"]]),
+        ("all kernels", rows),
+    ):
         active, weights = (sum(row[k] for row in part) for k in ("active_weights", "weights"))
         cost = f"{title}: {active:,} of {weights:,} active"
         if weights:

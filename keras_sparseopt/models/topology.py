@@ -86,6 +86,8 @@ class Topology:
         self._announced = announced
         # Whether the weight was assigned since its mask was announced.
         self.weights_came = False
+        # How often weight and mask have been written, as far as that is known here.
+        self._writes: dict[str, Any] = {}
         # How many are moving weight and mask together just now. A count, because the replicas of
         # MirroredStrategy take turns within.
         self._moving = 0
@@ -100,6 +102,8 @@ class Topology:
         else:
             mask.topology = self
             keras_internals.tell(mask)
+        self.has_seen(variable)
+        self.has_seen(mask)
         for optimizer in trainers_of(variable):
             optimizer.adopt(variable)
         self.lead()
@@ -447,6 +451,8 @@ class Topology:
             yield
         finally:
             self._moving -= 1
+            self.has_seen(self.variable)
+            self.has_seen(self.pattern)
 
     @property
     def is_moving(self):
@@ -557,6 +563,32 @@ class Topology:
             mask = self._fitting(self.variable)
             if mask is not None:
                 self.replace_mask(mask)
+
+    def has_seen(self, variable):
+        """What the weight, or the mask, holds now is known."""
+        if not keras_internals.in_stateless_scope():
+            self._writes[variable.path] = backend.num_writes(variable)
+
+    def catch_up(self):
+        """Take over what was written past Keras' variables, as PyTorch's `load_state_dict` does.
+
+        The weights win, as in an assignment. Slots of tiles whose place is not known begin at 0.
+
+        Raises:
+            ValueError: As `before_assign`; here the weight has its new value already.
+        """
+        pair = [self.variable, self.pattern]
+        is_new = [self._writes.get(v.path) not in (None, backend.num_writes(v)) for v in pair]
+        if not any(is_new) or self.is_moving or keras_internals.in_stateless_scope():
+            return
+        if is_new[1]:
+            if self.is_condensed:
+                for optimizer in self.optimizers:
+                    optimizer.empty_slots(self)
+            self._after_pattern()
+        self.settle()
+        for variable in pair:
+            self.has_seen(variable)
 
 
 def looks_trained_sparse(weight, nonzero):

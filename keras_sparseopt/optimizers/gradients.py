@@ -45,10 +45,10 @@ class Lease:
     is gone (an interrupted `fit`).
     """
 
-    def __init__(self, optimizer, gradients, averaging):
+    def __init__(self, optimizer, gradients, averaging, whole):
         self._optimizer = optimizer
         self.averaging = averaging
-        self._end = weakref.finalize(self, _give_back, weakref.ref(gradients), averaging)
+        self._end = weakref.finalize(self, _give_back, weakref.ref(gradients), averaging, whole)
 
     def gradient(self, variable):
         """The dense gradient kept for one sparse weight, all-reduced over replicas.
@@ -58,8 +58,8 @@ class Lease:
 
         Returns:
             Tensor of the kernel's shape, neither masked nor corrected; −inf throughout if no
-            step has written it. Of a condensed weight perhaps the sums of its magnitudes over
-            tiles, of the shape of the weight's units.
+            step has written it. Of a condensed weight, unless the lease is for whole gradients,
+            perhaps the sums of its magnitudes over tiles, of the shape of the weight's units.
         """
         weight = self._optimizer.weight_of(variable)
         found, own = (taps.get(self.averaging) for taps in (weight.taps, weight.own_taps))
@@ -74,10 +74,10 @@ class Lease:
         self._end()
 
 
-def _give_back(gradients, averaging):
+def _give_back(gradients, averaging, whole):
     gradients = gradients()
     if gradients is not None:
-        gradients.give_back(averaging)
+        gradients.give_back(averaging, whole)
 
 
 class DenseGradients:
@@ -92,24 +92,27 @@ class DenseGradients:
         # Called when what is kept has changed: function without arguments.
         self.on_change: Any = None
         self._leases: dict[Averaging, int] = {}
+        self._num_whole = 0  # leases that sums over tiles are not enough for
 
     @property
     def kinds(self):
         """The `Averaging`s that are kept now, in a fixed order."""
         return sorted((a for a, count in self._leases.items() if count), key=repr)
 
-    def lease(self, optimizer, averaging):
+    def lease(self, optimizer, averaging, whole=False):
         """`Lease`; opens the memory for it."""
-        is_new = not self._leases.get(averaging)
+        is_new = not self._leases.get(averaging) or (whole and not self._num_whole)
         self._leases[averaging] = self._leases.get(averaging, 0) + 1
+        self._num_whole += whole
         if is_new:
             for weight in self._weights.values():
                 self._open(weight, averaging, optimizer)
             self.on_change()
-        return Lease(optimizer, self, averaging)
+        return Lease(optimizer, self, averaging, whole)
 
-    def give_back(self, averaging):
+    def give_back(self, averaging, whole):
         self._leases[averaging] -= 1
+        self._num_whole -= whole
         if not self._leases[averaging]:
             for weight in self._weights.values():
                 for taps in (weight.taps, weight.own_taps):
@@ -129,7 +132,8 @@ class DenseGradients:
             weight.taps[averaging].open(topology.shape)
             return
         they_add = (
-            weight.calls == 1
+            not self._num_whole
+            and weight.calls == 1
             and num_replicas(optimizer) == 1
             and not any(kind.outlasts_a_step for kind in self.kinds)
         )

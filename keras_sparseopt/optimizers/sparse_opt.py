@@ -181,6 +181,9 @@ class SparseOpt(WrapperOptimizer):
         if self.built:
             return
         backend.check_optimizer(self)
+        outer = keras_internals.outer_of(self)
+        if outer is not None:
+            keras_internals.store_own_only(outer)
         variables = [variable for variable in variables if not _is_seen(variable)]
         with backend.init_scope():
             self._attach_saved(variables)
@@ -526,6 +529,7 @@ class SparseOpt(WrapperOptimizer):
     def _apply(self, grads, variables):
         if backend.is_single_replica():
             self._look_once()
+            self.catch_up()
         self._state.has_looked = True
         if backend.is_traced(*grads):
             self._state.traced = set(self._state.weights)
@@ -669,6 +673,16 @@ class SparseOpt(WrapperOptimizer):
                 self.follow(weight.topology, explores=False)
                 weight.topology.lead()
 
+    def catch_up(self):
+        """Take over what was written past Keras' variables, where that is seen: on PyTorch."""
+        for weight in self.weights:
+            weight.topology.catch_up()
+
+    def empty_slots(self, topology):
+        """Slots of one of the optimizer's weights begin again, at 0."""
+        for slot in self.weight_of(topology.variable).slots:
+            slot.assign(ops.zeros_like(slot))
+
     def budget_of(self, topology):
         """The active units that a mask was given: int."""
         return int(host(self.weight_of(topology.variable).budget))
@@ -722,7 +736,9 @@ class SparseOpt(WrapperOptimizer):
 
     # ------------------------------------------------------------------ dense gradients
 
-    def lease_gradients(self, steps: int = 1, every: int = 1, momentum: float | None = None):
+    def lease_gradients(
+        self, steps: int = 1, every: int = 1, momentum: float | None = None, whole: bool = False
+    ):
         """Begin to keep the dense gradient of every sparse weight, for as long as the lease lives.
 
         A train step that was compiled before must be made again, or does not write them; the
@@ -733,6 +749,9 @@ class SparseOpt(WrapperOptimizer):
             every: Int, the averaging window ends at multiples of this step count, defaults to 1.
             momentum: Float in (0, 1) to keep a moving average of all steps' gradients instead,
                 or `None` (default).
+            whole: Bool, whether a condensed weight's gradient must be there, too, in the shape of
+                its kernel. By default (`False`) sums of its magnitudes over tiles may take its
+                place, which cost no memory.
 
         Returns:
             `Lease`.
@@ -748,7 +767,7 @@ class SparseOpt(WrapperOptimizer):
             )
         window = steps * accumulation
         averaging = Averaging(window, 1 if window == 1 else every * accumulation, momentum)
-        return self._state.gradients.lease(self, averaging)
+        return self._state.gradients.lease(self, averaging, whole)
 
     @property
     def has_new_weights(self):
