@@ -307,13 +307,12 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _check(self, backup):
         mine, found = self._signature(self._variables()), backup["variables"]
+        told = "it is of another model, or of this one in another form (`condense`, `uncondense`)"
         if len(mine) != len(found):
-            raise ValueError(
-                f"it is of another model: {len(found)} variables, this one has {len(mine)}"
-            )
+            raise ValueError(f"{told}: {len(found)} variables, this one has {len(mine)}")
         for own, other in zip(mine, found):
             if own != other:
-                raise ValueError(f"it is of another model: it has {other}, this one {own}")
+                raise ValueError(f"{told}: it has {other}, this one {own}")
 
 
 def _numbers(logs):

@@ -555,6 +555,14 @@ def callbacks_before(callback):
     return []
 
 
+def is_called_by(function):
+    """Whether a function of this name is running."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
 def told_once(model):
     """Whether this was asked before in the same `fit`."""
     history = model.history

@@ -934,6 +934,15 @@ def test_what_cannot_be_is_refused_by_name(what):
         act(kso.condense(network()))
 
 
+def test_a_legacy_file_is_refused(tmp_path):
+    model = kso.condense(network())
+    with pytest.raises(ValueError, match="legacy `.h5` file cannot hold condensed weights"):
+        model.save(tmp_path / "m.h5")
+    kso.uncondense(model).save(tmp_path / "m.h5")
+    again = keras.models.load_model(tmp_path / "m.h5", compile=False)
+    assert np.array_equal(array(again.layers[0].kernel), array(model.layers[0].kernel))
+
+
 def test_an_optimizer_that_knows_no_masks_holds_on_to_the_form():
     for form, change in ((kso.uncondense, kso.condense), (kso.condense, kso.uncondense)):
         model = compiled(form(network()), "adam")

@@ -88,6 +88,7 @@ WRONG_CALLS = {
     "sparsity string": (lambda: kso.SparseDense(3, sparsity="0.9"), "`sparsity` must be a float. Received: sparsity='0.9'"),
     "layer seed": (lambda: kso.SparseDense(3, seed=-1), "`seed` must be a non-negative int or None. Received: seed=-1"),
     "layer correction": (lambda: kso.SparseDense(3, skew_correction=1), "`skew_correction` must be a bool. Received: skew_correction=1"),
+    "unknown size": (lambda: keras.Sequential([keras.Input((None, 4)), keras.layers.Flatten(), kso.SparseDense(3, name="s")]), "must know the size of its inputs' last axis (with channels first, of the channels). Received: a kernel of shape=(None, 3) for layer 's'"),
     "lora argument": (lambda: kso.SparseDense(3, lora_rank=2), "`lora_rank` is not supported by SparseDense: strip the trained model"),
     "enable_lora": (lambda: built().enable_lora(2), "`enable_lora` is not supported by SparseDense"),
     "quantize": (lambda: built().quantize("int8"), "`quantize` is not supported by SparseDense"),

@@ -118,3 +118,23 @@ def test_what_was_pruned_in_inference_mode_can_be_trained(form):
     masks = masks_of(model)
     train(compiled(model, kso.SparseOpt("adam")), kso.RigL(1, 0.5, end_step=100))
     assert (masks_of(model)[0] != masks[0]).any()
+
+
+def test_modules_of_pytorch_are_found_by_their_use():
+    import torch
+
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 16)
+    )
+    wrapped = keras.layers.TorchModuleWrapper(module)
+    model = keras.Sequential([keras.Input((4, 4, 4)), wrapped, keras.layers.Dense(3)])
+    x = np.random.default_rng(0).normal(size=(32, 4, 4, 4)).astype("float32")
+    model(x[:1])
+    kso.sparsify(model, 0.5, "uniform", exclude=model.layers[-1], structure=kso.ConstantFanIn())
+    for weight, own in zip(kso.sparse_weights(model), (module[0], module[3]), strict=True):
+        kernel = own.weight.detach().numpy()  # neurons come first
+        assert set((kernel != 0).reshape(len(kernel), -1).sum(1)) == {kernel[0].size // 2}
+        assert weight.topology.neuron_axes == (0,)
+    compiled(model, kso.SparseOpt("adam"))
+    model.fit(x, np.arange(32) % 3, epochs=2, verbose=0, callbacks=[kso.RigL(1, end_step=100)])
+    assert_invariants(model)

@@ -322,14 +322,19 @@ def products_of(call, inputs, variables):
 
     # Other weights are used, too, as they are.
     trace = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
-    graph = trace(values, arrays).graph
+    module = trace(values, arrays)
     origins = [[Trace.of(i, len(v.shape))] for i, v in enumerate(variables)]
     given = iter([*origins, *["data"] * len(arrays)])
     known: dict = {}
     products = Products()
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         if node.op == "placeholder":
             known[node] = next(given)
+        elif node.op == "get_attr":  # of a module of PyTorch, which reads its own parameters
+            used = getattr(module, node.target)
+            for origin, variable in zip(origins, variables):
+                if used is variable.value:
+                    known[node] = origin
         elif node.op == "call_function":
             known[node] = _origin(node, known, products)
     return products.found

@@ -191,6 +191,14 @@ class CondensedLayer(keras.layers.Layer):
                 f"kernel of shape {kernel.shape}"
             )
 
+    def get_config(self):
+        if keras_internals.is_called_by("save_model_to_hdf5"):
+            raise ValueError(
+                "A legacy `.h5` file cannot hold condensed weights: save as `.keras`, or call "
+                f"keras_sparseopt.uncondense(model) before. Received: layer '{self.name}'"
+            )
+        return super().get_config()
+
     def enable_lora(self, *args, **kwargs):
         return self._as_plain("enable_lora", *args, **kwargs)
 

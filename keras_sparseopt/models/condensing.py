@@ -96,7 +96,8 @@ def condense(model: keras.Model, trainable: bool = True) -> keras.Model:
     Raises:
         TypeError: If `model` is not a Keras model.
         ValueError: If nothing can be condensed; if an optimizer that is no `SparseOpt` was built
-            for the weights; or in the middle of a training. The model has not changed then.
+            for the weights; or while a callback holds dense gradients. The model has not changed
+            then.
 
     Example:
 
@@ -168,7 +169,8 @@ def uncondense(model: keras.Model) -> keras.Model:
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: In the middle of a training. The model has not changed then.
+        ValueError: If an optimizer that is not in a `SparseOpt` was built for the weights, or a
+            callback holds dense gradients. The model has not changed then.
 
     Example:
 

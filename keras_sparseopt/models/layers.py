@@ -87,6 +87,11 @@ class SparseLayer(keras.layers.Layer):
         if kwargs.get("name") != "kernel":
             return super().add_weight(*args, **kwargs)
         shape = tuple(kwargs["shape"])
+        if None in shape:
+            raise ValueError(
+                "A sparse layer must know the size of its inputs' last axis (with channels first, "
+                f"of the channels). Received: a kernel of shape={shape} for layer '{self.name}'"
+            )
         if math.prod(shape) > masks.MAX_KERNEL_SIZE:
             raise ValueError(
                 f"A sparse kernel may hold at most {masks.MAX_KERNEL_SIZE} weights. "
