@@ -63,6 +63,9 @@ def test_variables():
             seen.append("before")
             return lambda: seen.append("after")
 
+        def has_seen(self, variable):
+            pass
+
     variable.topology = Topology()
     kind = type(variable)
     internals.tell(variable)
