@@ -62,7 +62,7 @@ def not_compiled(function):
 
 
 def num_writes(variable):
-    """How often the memory of a variable was written; `None` where nothing counts that."""
+    """Which memory a variable has, and how often it was written; `None` where nobody counts."""
     return None
 
 

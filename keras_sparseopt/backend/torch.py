@@ -208,9 +208,9 @@ def colocated_scope(value):
 
 
 def num_writes(variable):
-    """How often the memory of a variable was written, by `load_state_dict` and `copy_`, too."""
+    """Which memory a variable has, and how often it was written, by `load_state_dict` too."""
     value = variable.value
-    return None if value.is_inference() else value._version
+    return None if value.is_inference() else (id(value), value._version)
 
 
 def generator_states():

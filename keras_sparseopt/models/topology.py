@@ -577,18 +577,23 @@ class Topology:
         Raises:
             ValueError: As `before_assign`; here the weight has its new value already.
         """
-        pair = [self.variable, self.pattern]
-        is_new = [self._writes.get(v.path) not in (None, backend.num_writes(v)) for v in pair]
-        if not any(is_new) or self.is_moving or keras_internals.in_stateless_scope():
+        if self.is_moving or keras_internals.in_stateless_scope():
             return
-        if is_new[1]:
+        weight_is_new, mask_is_new = map(self._is_new, (self.variable, self.pattern))
+        if mask_is_new:
             if self.is_condensed:
                 for optimizer in self.optimizers:
                     optimizer.empty_slots(self)
             self._after_pattern()
-        self.settle()
-        for variable in pair:
-            self.has_seen(variable)
+        if weight_is_new or mask_is_new:
+            self.settle()
+        self.has_seen(self.variable)
+        self.has_seen(self.pattern)
+
+    def _is_new(self, variable):
+        """Whether the memory that a variable had when it was last seen was written since."""
+        before, now = self._writes.get(variable.path), backend.num_writes(variable)
+        return None not in (before, now) and before[0] == now[0] and before != now
 
 
 def looks_trained_sparse(weight, nonzero):
