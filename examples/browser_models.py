@@ -1,6 +1,6 @@
 """The networks of the browser page: a MobileNet on CIFAR-10, dense, 80 % and 90 % sparse.
 
-    python examples/browser_models.py      # about 40 minutes on two CPU cores
+    python examples/browser_models.py      # about 80 minutes on two CPU cores
 
 All three are trained by one recipe, the sparse ones with RigL and SparseOpt, each in a process of
 its own, beside each other. Writes to
@@ -40,7 +40,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_dir", help="where tfds keeps (or puts) the dataset")
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps_per_epoch", type=int, help="shorter epochs, for trials")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backup", default="runs", help="where the states of trainings go")
