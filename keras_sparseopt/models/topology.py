@@ -593,7 +593,9 @@ class Topology:
     def _is_new(self, variable):
         """Whether the memory that a variable had when it was last seen was written since."""
         before, now = self._writes.get(variable.path), backend.num_writes(variable)
-        return None not in (before, now) and before[0] == now[0] and before != now
+        if before is None or now is None or before[0] != now[0]:
+            return False
+        return before != now
 
 
 def looks_trained_sparse(weight, nonzero):
