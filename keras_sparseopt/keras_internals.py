@@ -163,6 +163,20 @@ def own_variables(optimizer):
     return optimizer._variables
 
 
+def save_own(optimizer, store):
+    """Write an optimizer's own variables alone into what a file holds of it."""
+    for i, variable in enumerate(own_variables(optimizer)):
+        store[str(i)] = keras.ops.convert_to_numpy(variable)
+
+
+def _callers():
+    """The frames of all functions that are running, the innermost first."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def track(optimizer, variable):
     """Make a variable one of an optimizer's own."""
     if not any(own is variable for own in optimizer._variables):
@@ -210,28 +224,22 @@ def store_own_only(optimizer):
     if type(optimizer).save_own_variables is not keras.optimizers.Optimizer.save_own_variables:
         return
 
-    def save_own_variables(store):
-        for i, variable in enumerate(own_variables(optimizer)):
-            store[str(i)] = keras.ops.convert_to_numpy(variable)
-
     def load_own_variables(store):
         for i, variable in enumerate(own_variables(optimizer)):
             if str(i) in store.keys():
                 variable.assign(store[str(i)])
 
-    optimizer.__dict__["save_own_variables"] = save_own_variables
+    optimizer.__dict__["save_own_variables"] = functools.partial(save_own, optimizer)
     optimizer.__dict__["load_own_variables"] = load_own_variables
 
 
 def outer_of(optimizer):
     """The optimizer around one, where its method calls the inner one's just now, or `None`."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         caller = frame.f_locals.get("self")
         is_optimizer = isinstance(caller, keras.optimizers.Optimizer)
         if is_optimizer and getattr(caller, "inner_optimizer", None) is optimizer:
             return caller
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
@@ -545,22 +553,17 @@ def forget_functions(model, also_of_inference):
 
 def callbacks_before(callback):
     """The callbacks that come before one in the list that calls it just now."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.callbacks.CallbackList):
             callbacks = list(caller.callbacks)
             return callbacks[: callbacks.index(callback)] if callback in callbacks else []
-        frame = frame.f_back  # type: ignore[assignment]
     return []
 
 
 def is_called_by(function):
     """Whether a function of this name is running."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
+    return any(frame.f_code.co_name == function for frame in _callers())
 
 
 def told_once(model):

@@ -59,63 +59,58 @@ def layer_costs(model: keras.Model) -> list[dict[str, Any]]:
     """
     following, rows, has_masks = Following(model), [], bool(sparse_weights(model))
     for kernel in kernels_of(model):
-        topology = topology_of(kernel.variable)
-        active, why, feeds, moved = kernel.size, "", "", 0
+        topology, layer = topology_of(kernel.variable), kernel.layer
+        name, path, shape = layer.name, kernel.variable.path, shape_of(kernel.variable)
+        flops = _flops_per_weight(layer, following.graph, kernel.variable.name)
         if topology is None:
             why = why_dense(kernel, has_masks)
             if why in ("embedding", NO_PRODUCT):
                 continue
-        else:
-            active, feeds = topology.num_active(), topology.feeds
-            moved = topology.moved_weights() if topology.is_attached else 0
-        if not feeds:
-            feeds = following.normalization_after(kernel.layer)
-        flops = _flops_per_weight(kernel.layer, following.graph, kernel.variable.name)
-        rows.append(
-            {
-                "name": kernel.layer.name if topology is None else topology.name,
-                "path": kernel.variable.path,
-                "type": type(kernel.layer).__name__,
-                "shape": shape_of(kernel.variable),
-                "sparsity": 1.0 - active / kernel.size,
-                "active_weights": active,
-                "weights": kernel.size,
-                "structure": None if topology is None else _structure(topology),
-                "form": None if topology is None else _form(topology),
-                "masked_because": "" if topology is None else why_masked(kernel),
-                "dense_because": why,
-                "skew_correction": None if topology is None else topology.skew_correction,
-                "normalization": feeds or None,
-                "moved": moved,
-                "flops_dense": None if flops is None else flops * kernel.size,
-                "flops_sparse": None if flops is None else flops * active,
-            }
-        )
+            feeds, told = following.normalization_after(layer), {"dense_because": why}
+            rows.append(_row(layer, name, path, shape, kernel.size, feeds, flops, **told))
+            continue
+        feeds = topology.feeds or following.normalization_after(layer)
+        told = {
+            "structure": _structure(topology),
+            "form": _form(topology),
+            "masked_because": why_masked(kernel),
+            "skew_correction": topology.skew_correction,
+            "moved": topology.moved_weights() if topology.is_attached else 0,
+        }
+        active = topology.num_active()
+        rows.append(_row(layer, topology.name, path, shape, active, feeds, flops, **told))
     for layer in layers_by_neuron(model):
-        plain = layer.plain_kernel()
-        active, flops = np.count_nonzero(plain), _flops_per_weight(layer, following.graph)
-        rows.append(
-            {
-                "name": layer.name,
-                "path": layer._kernel.path,
-                "type": layer.plain_class.__name__,
-                "shape": plain.shape,
-                "sparsity": 1.0 - active / plain.size,
-                "active_weights": active,
-                "weights": plain.size,
-                "structure": None,
-                "form": "by neuron",
-                "masked_because": "",
-                "dense_because": "",
-                "skew_correction": None,
-                "normalization": following.normalization_after(layer) or None,
-                "moved": 0,
-                "flops_dense": None if flops is None else flops * plain.size,
-                "flops_sparse": None if flops is None else flops * active,
-            }
-        )
+        kernel = layer.plain_kernel()
+        name, path, active = layer.name, layer._kernel.path, np.count_nonzero(kernel)
+        feeds = following.normalization_after(layer)
+        flops = _flops_per_weight(layer, following.graph)
+        rows.append(_row(layer, name, path, kernel.shape, active, feeds, flops, form="by neuron"))
     order = {variable.path: i for i, variable in enumerate(model.weights)}
     return sorted(rows, key=lambda row: order.get(row["path"], len(order)))
+
+
+def _row(layer, name, path, shape, active, feeds, flops, **told):
+    """A row of `layer_costs`; `told` is what a weight without a mask does not have."""
+    size = math.prod(shape)
+    return {
+        "name": name,
+        "path": path,
+        "type": type(layer).__name__,
+        "shape": shape,
+        "sparsity": 1.0 - active / size,
+        "active_weights": active,
+        "weights": size,
+        "structure": None,
+        "form": None,
+        "masked_because": "",
+        "dense_because": "",
+        "skew_correction": None,
+        "normalization": feeds or None,
+        "moved": 0,
+        "flops_dense": None if flops is None else flops * size,
+        "flops_sparse": None if flops is None else flops * active,
+        **told,
+    }
 
 
 def _structure(topology):

@@ -102,8 +102,7 @@ class Topology:
         else:
             mask.topology = self
             keras_internals.tell(mask)
-        self.has_seen(variable)
-        self.has_seen(mask)
+        self.has_seen(variable, mask)
         for optimizer in trainers_of(variable):
             optimizer.adopt(variable)
         self.lead()
@@ -451,8 +450,7 @@ class Topology:
             yield
         finally:
             self._moving -= 1
-            self.has_seen(self.variable)
-            self.has_seen(self.pattern)
+            self.has_seen(self.variable, self.pattern)
 
     @property
     def is_moving(self):
@@ -564,10 +562,10 @@ class Topology:
             if mask is not None:
                 self.replace_mask(mask)
 
-    def has_seen(self, variable):
-        """What the weight, or the mask, holds now is known."""
+    def has_seen(self, *variables):
+        """What the weight, the mask, or both hold now is known."""
         if not keras_internals.in_stateless_scope():
-            self._writes[variable.path] = backend.num_writes(variable)
+            self._writes |= {v.path: backend.num_writes(v) for v in variables}
 
     def catch_up(self):
         """Take over what was written past Keras' variables, as PyTorch's `load_state_dict` does.
@@ -587,8 +585,7 @@ class Topology:
             self._after_pattern()
         if weight_is_new or mask_is_new:
             self.settle()
-        self.has_seen(self.variable)
-        self.has_seen(self.pattern)
+        self.has_seen(self.variable, self.pattern)
 
     def _is_new(self, variable):
         """Whether the memory that a variable had when it was last seen was written since."""

@@ -135,8 +135,7 @@ class WrapperOptimizer(keras.optimizers.Optimizer):
 
     # Keras saves the inner optimizer by itself, as a child; here only what is the wrapper's own.
     def save_own_variables(self, store):
-        for i, variable in enumerate(keras_internals.own_variables(self)):
-            store[str(i)] = keras.ops.convert_to_numpy(variable)
+        keras_internals.save_own(self, store)
 
     def load_own_variables(self, store):
         own = keras_internals.own_variables(self)
