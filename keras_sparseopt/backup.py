@@ -23,6 +23,7 @@ from keras_sparseopt.backend import (
 )
 from keras_sparseopt.devices import build_optimizer, optimizers_of
 from keras_sparseopt.files import read_whole, write_whole
+from keras_sparseopt.methods.steps import StepCallback
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 from keras_sparseopt.typing import Path
 
@@ -58,6 +59,8 @@ class BackupAndRestore(keras.callbacks.Callback):
     file can bring all of them back.
 
     Put it last in the list of callbacks, so that what the others log and change is in the file.
+    Before a method (`RigL`, …) it is refused: an update that is due after the last step of an epoch
+    would be in no file.
 
     Args:
         backup_dir: Path of a directory for this training alone.
@@ -67,8 +70,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         initial_epoch: Int, epochs that the newest usable backup has completed; 0 without one.
 
     Raises:
-        ValueError: For a wrong argument; at the start of `fit` if the model is not built, or
-            no file in `backup_dir` is usable although there are some.
+        ValueError: For a wrong argument; at the start of `fit` if the model is not built, a method
+            comes behind it, or no file in `backup_dir` is usable although there are some.
 
     Example:
 
@@ -130,6 +133,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"Received: {[type(o).__name__ for o in optimizers_of(model) if not o.built]}"
             )
         check_fit(model, own_loop=self.params.get("own_loop", False))
+        self._check_place()
         self._check_writable()
         self._history, self._history_restored, self._generators = {}, False, []
         # Keras never takes back what a callback has set.
@@ -163,7 +167,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._generators = generator_states()
         state = [ops.convert_to_numpy(variable) for variable in self._variables()]
         state += [ops.convert_to_numpy(tap.read()) for tap in self._carried()]
-        if worker_index(self.model) == 0:
+        if self._is_first_worker():
             self._write(epoch + 1, state)
 
     def on_train_end(self, logs=None):
@@ -195,6 +199,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         everything = [*model.variables, *(v for o in optimizers for v in o.variables)]
         return [v for v in {id(v): v for v in everything}.values() if id(v) not in transient]
 
+    def _is_first_worker(self):
+        return worker_index(optimizers_of(self.model)[0]) == 0
+
     def _sparse_opts(self):
         found = [sparse_opt_of(optimizer) for optimizer in optimizers_of(self.model)]
         return [optimizer for optimizer in found if optimizer is not None]
@@ -213,6 +220,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         if len(carried) == len(self._carried()):
             for tap, value in zip(self._carried(), carried):
                 tap.assign(value)
+        elif carried:
+            warnings.warn(
+                "The backup holds averages of dense gradients that no method of this training "
+                "keeps, or keeps otherwise. They are left out, and begin anew.",
+                stacklevel=2,
+            )
         for optimizer in self._sparse_opts():
             optimizer.settle()
         self._generators = [bytes.fromhex(state) for state in backup["generators"]]
@@ -238,8 +251,18 @@ class BackupAndRestore(keras.callbacks.Callback):
         for old in done[self.keep :]:
             old.unlink()
 
+    def _check_place(self):
+        _, behind = keras_internals.callbacks_around(self)
+        names = [type(x).__name__ for x in behind if isinstance(x, StepCallback) and x.acts]
+        if names:
+            raise ValueError(
+                "BackupAndRestore must come last in the list of callbacks: what a method does "
+                "after an epoch's last step would be in no backup. Received: "
+                f"{', '.join(names)} behind it"
+            )
+
     def _check_writable(self):
-        if worker_index(self.model) != 0:
+        if not self._is_first_worker():
             return
         probe = self.backup_dir / "probe.unfinished"
         try:

@@ -112,6 +112,11 @@ def all_names(model):
     return found
 
 
+def attributes_with_optimizers(model):
+    """The names of the attributes in which a model holds optimizers, in containers too: set."""
+    return {name.partition("[")[0] for name in optimizers_by_name(model)}
+
+
 def optimizers_of(model):
     """The optimizers that a model holds, each once."""
     return list(optimizers_by_name(model).values())
@@ -203,8 +208,7 @@ def fit_distributed(
     backend.check_fit(model, own_loop)
     if own_loop:
         return backend.fit_in_own_loop(
-            model, data, **settings, build_optimizer=build_optimizer,
-            kept_gradients=lambda: _kept_gradients(model),
+            model, data, **settings, use_step=use_step, build_optimizer=build_optimizer,
         )  # fmt: skip
     x, y, weights = (*data, None, None)[:3] if isinstance(data, tuple) else (data, None, None)
     return model.fit(x, y, sample_weight=weights, shuffle=False, **settings)

@@ -347,14 +347,15 @@ def uncompile(model):
 
 
 @contextlib.contextmanager
-def without_optimizer(model):
-    """While files are read that hold nothing for the model's optimizer."""
-    optimizer = getattr(model, "optimizer", None)
-    model.optimizer = None
+def without_attributes(model, names):
+    """While files are read or written that hold nothing for some of a model's attributes."""
+    # Through `__dict__`: Keras tracks attributes that are set the usual way.
+    held = {name: vars(model)[name] for name in names if name in vars(model)}
+    vars(model).update(dict.fromkeys(held))
     try:
         yield
     finally:
-        model.optimizer = optimizer
+        vars(model).update(held)
 
 
 def _is_optimizer_calling():
@@ -551,14 +552,19 @@ def forget_functions(model, also_of_inference):
         model.make_train_function(force=True)  # perhaps in the middle of `fit`
 
 
-def callbacks_before(callback):
-    """The callbacks that come before one in the list that calls it just now."""
+def callbacks_around(callback):
+    """The callbacks before one in the list that calls it just now, and those behind it."""
     for frame in _callers():
         caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            callbacks = list(caller.callbacks)
-            return callbacks[: callbacks.index(callback)] if callback in callbacks else []
-    return []
+        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
+            at = caller.callbacks.index(callback)
+            return caller.callbacks[:at], caller.callbacks[at + 1 :]
+    return [], []
+
+
+def is_loading():
+    """Whether a file is being read that holds an optimizer and the weights that it trains."""
+    return is_called_by("_load_state")
 
 
 def is_called_by(function):

@@ -4,8 +4,10 @@ What belongs to a backend (variables, tensors) is `Any`: a type checker leaves i
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
+
+import keras
 
 # An array of NumPy or of the backend, or nested lists of numbers.
 Array = Any
@@ -22,7 +24,7 @@ Distribution = Literal["erk", "er", "uniform"] | Mapping[Any, float]
 # `True`, `False`, "auto", or rules.
 SkewCorrection = Any
 
-DropFraction = float | Callable[[Any], Any]
+DropFraction = float | keras.optimizers.schedules.LearningRateSchedule
 DropSchedule = Literal["cosine", "linear", "constant"]
 GrowthValues = Literal["zero", "random"]
 Redistribution = Literal["mean", "global"] | None

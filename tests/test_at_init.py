@@ -163,3 +163,20 @@ def test_what_is_wrong_is_said_and_nothing_changes():
             kso.prune_at_init(model, *arguments)
         assert not kso.sparse_weights(model)
     assert all(np.array_equal(a, array(v)) for a, v in zip(before, model.weights))
+
+
+def test_what_stays_dense_is_told():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Embedding(100, 8),
+            keras.layers.Flatten(),
+            keras.layers.Dense(4),
+        ]
+    )
+    x, y = np.arange(32).reshape(8, 4), np.zeros((8, 4))
+    with pytest.warns(UserWarning, match="Only 13.8% .* The largest that stay dense: .*embeddings"):
+        kso.prune_at_init(model, 0.9, "snip", (x, y), "mse", verbose=0)
+    with pytest.raises(ValueError, match="1 weights have masks already"):
+        kso.prune_at_init(model, 0.9, "snip", (x, y), "mse", verbose=0)

@@ -143,8 +143,7 @@ def test_every_flipped_bit_is_noticed(finished, tmp_path_factory, position, bit)
         _ = kso.BackupAndRestore(directory).initial_epoch
 
 
-@pytest.mark.parametrize("backup_first", [True, False])
-def test_loss_scaling_is_restored_in_any_order_of_callbacks(tmp_path, backup_first):
+def test_loss_scaling_is_restored(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
 
     class Stop(keras.callbacks.Callback):
@@ -156,8 +155,7 @@ def test_loss_scaling_is_restored_in_any_order_of_callbacks(tmp_path, backup_fir
         keras.utils.set_random_seed(0)
         model = compiled(mlp(), kso.SparseOpt("adam"))
         x, y = data()
-        own = [kso.BackupAndRestore(directory), kso.RigL(3, 0.5, end_step=20)]
-        own = own if backup_first else own[::-1]
+        own = [kso.RigL(3, 0.5, end_step=20), kso.BackupAndRestore(directory)]
         model.fit(
             x, y, batch_size=4, epochs=4, shuffle=False, verbose=0, callbacks=[*own, *callbacks]
         )
@@ -168,6 +166,28 @@ def test_loss_scaling_is_restored_in_any_order_of_callbacks(tmp_path, backup_fir
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", [Stop()])
     assert_same(run(tmp_path / "b"), straight)
+
+
+def test_methods_behind_it_are_refused(tmp_path):
+    """Two steps an epoch, an update every two: it comes after the last step of each."""
+    model, (x, y) = compiled(mlp(), kso.SparseOpt("sgd")), data()
+    before = [array(v) for v in model.variables]
+    own = [kso.BackupAndRestore(tmp_path), kso.GradientFlow(2), kso.RigL(2, 0.5, end_step=20)]
+    with pytest.raises(ValueError, match="must come last .* Received: GradientFlow, RigL behind"):
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=own)
+    assert_same([array(v) for v in model.variables], before)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[own[0], kso.Static(), *own[3:]])
+
+
+def test_averages_of_another_method_are_left_out_with_a_word(tmp_path):
+    def fit(method, epochs):
+        x, y = np.ones((24, 10), "float32"), np.arange(24) % 4
+        callbacks = [method, kso.BackupAndRestore(tmp_path)]
+        network().fit(x, y, batch_size=6, epochs=epochs, verbose=0, callbacks=callbacks)
+
+    fit(kso.SNFS(3, 0.5, end_step=20), 1)
+    with pytest.warns(UserWarning, match="averages of dense gradients that no method"):
+        fit(kso.RigL(3, 0.5, end_step=20), 2)
 
 
 def test_works_for_a_dense_model(tmp_path):

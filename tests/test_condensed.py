@@ -1134,3 +1134,23 @@ def test_what_was_compiled_for_inference_knows_of_the_form():
         now = array(model(x))
         np.testing.assert_allclose(model.predict(x, verbose=0), now, 1e-4, 1e-5)
         assert not np.allclose(now, before, 1e-3)
+
+
+def test_what_cannot_be_stripped_is_told_before_anything_changes():
+    class Own(kso.SparseDense):
+        pass
+
+    model = keras.Sequential(
+        [
+            keras.Input((512,)),
+            keras.layers.Dense(512, name="tiled"),
+            Own(4096, sparsity=0.97, name="own"),
+            keras.layers.Dense(2),
+        ]
+    )
+    kso.sparsify(model.get_layer("tiled"), 0.9, structure=kso.Block(1, 32, balanced=True))
+    model.compile(kso.SparseOpt("sgd"), "mse")
+    with pytest.raises(ValueError, match="a subclass of one has no plain counterpart"):
+        kso.condense(model, trainable=False)
+    assert model.compiled and not any(w.topology.is_condensed for w in kso.sparse_weights(model))
+    model.fit(np.ones((4, 512)), np.ones((4, 2)), verbose=0)

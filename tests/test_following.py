@@ -211,7 +211,7 @@ def test_a_killed_training_brings_the_average_back(tmp_path):
         rigl = kso.RigL(3, 0.5, end_step=100, redistribution="global")
         model.fit(
             *data(64), batch_size=8, epochs=4, verbose=0, shuffle=False,
-            callbacks=[kso.BackupAndRestore(folder), rigl, *stop],
+            callbacks=[rigl, kso.BackupAndRestore(folder), *stop],
         )  # fmt: skip
         return model
 

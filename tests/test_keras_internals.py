@@ -115,8 +115,8 @@ def test_training():
     callback.set_model(model)
     assert internals.model_of(callback) is model
     optimizer = model.optimizer
-    with internals.without_optimizer(model):
-        assert model.optimizer is None
+    with internals.without_attributes(model, {"optimizer", "none_of_it"}):
+        assert model.optimizer is None and not hasattr(model, "none_of_it")
     assert model.optimizer is optimizer
     outer = keras.Sequential([keras.Input((4,)), model])
     assert model in internals.sublayers(outer) and not internals.sublayers(model.layers[-1])
@@ -173,14 +173,15 @@ def test_who_calls():
 
     class Look(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
-            seen.append(internals.callbacks_before(self))
+            around = internals.callbacks_around(self)
+            seen.append([[x for x in part if isinstance(x, Look)] for part in around])
 
     first, second = Look(), Look()
     model = functional()
     model.compile("sgd", "mse")
     model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0, callbacks=[first, second])
-    assert [[x for x in before if isinstance(x, Look)] for before in seen] == [[], [first]]
-    assert internals.callbacks_before(first) == []
+    assert seen == [[[], [second]], [[first], []]]
+    assert internals.callbacks_around(first) == ([], [])
 
 
 def test_state_of_training_and_lora():

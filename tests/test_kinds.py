@@ -1309,3 +1309,139 @@ def test_strip_leaves_a_plain_model_compiled():
     model.compile("sgd", "mse")
     optimizer = model.optimizer
     assert kso.strip(model).compiled and model.optimizer is optimizer
+
+
+def test_a_zero_by_chance_is_no_mask():
+    """Initializers leave some: of 2²³ uniform numbers one, in half precision of 128."""
+    model = net(None)
+    kso.sparsify(model, 0.7, "uniform", exclude="b")
+    kernel = array(model.get_layer("b").kernel)
+    kernel[3, 5] = kernel[7, 2] = 0
+    model.get_layer("b").kernel.assign(kernel)
+    prepared(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(model, kso.GMP(0.8, 1, end_step=3, initial_sparsity=0.7))
+    assert [w.topology.name for w in kso.sparse_weights(model)] == ["a", "c"]
+    assert zeros(model)[1] < 0.02
+
+
+class TwoOptimizers(keras.Model):
+    """As Keras' GANs: `d_optimizer` comes before `discriminator` in files."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.discriminator, self.generator = net(seed=seed), net(seed=seed + 1)
+
+    def compile(self, d_optimizer, g_optimizer):
+        super().compile()
+        self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer
+
+    def call(self, x):
+        return self.discriminator(x), self.generator(x)
+
+
+def two_optimizers(seed):
+    pair = TwoOptimizers(seed)
+    pair(xy()[0])
+    pair.compile(kso.SparseOpt(SGD(0.1, momentum=0.9)), kso.SparseOpt("adam"))
+    for optimizer, part in zip(
+        (pair.d_optimizer, pair.g_optimizer), (pair.discriminator, pair.generator)
+    ):
+        optimizer.build(part.trainable_variables)
+    return pair
+
+
+def test_masks_of_a_file_stay_where_an_optimizer_comes_before_its_weights(tmp_path):
+    pair = two_optimizers(0)
+    for weight in kso.sparse_weights(pair):  # what has just grown is 0, and active
+        mask, kernel = array(weight.topology.mask), array(weight)
+        kernel[tuple(np.argwhere(mask)[::3].T)] = 0
+        weight.assign(kernel)
+    pair.save_weights(tmp_path / "m.weights.h5")
+    other = two_optimizers(5)
+    for at, weight in enumerate(kso.sparse_weights(other)):
+        topology = weight.topology
+        kso.set_mask(weight, topology.units.random_mask(topology.num_active(), at))
+        weight.assign(np.ones(weight.shape) * array(topology.mask))
+    assert not np.array_equal(masks_of(other)[0], masks_of(pair)[0])
+    other.load_weights(tmp_path / "m.weights.h5")
+    for a, b in zip(masks_of(other), masks_of(pair), strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(other.get_weights(), pair.get_weights(), strict=True):
+        assert np.array_equal(a, b)
+    for optimizer in (other.d_optimizer, other.g_optimizer):
+        assert_invariants(other, optimizer)
+        active = sum(weight.topology.num_active() for weight in optimizer.weights)
+        size = sum(array(weight.variable).size for weight in optimizer.weights)
+        assert optimizer.itop_rate() == active / size
+
+
+@pytest.mark.parametrize("method", ["SET", "MEST"])
+def test_draws_go_on_in_a_model_that_was_masked_in_two_calls(method, tmp_path):
+    """The second call's weight has the number after the others', in the file too."""
+
+    def train(model):
+        fit(model, getattr(kso, method)(2, 0.4, end_step=100), shuffle=False)
+        return model
+
+    model = net(None)
+    kso.sparsify(model, 0.7, "uniform", exclude="a")
+    prepared(model).optimizer.build(model.trainable_variables)
+    kso.sparsify(model, 0.7, "uniform")
+    train(model).save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert [w.index for w in loaded.optimizer.weights] == [2, 0, 1]
+    for a, b in zip(masks_of(train(model)), masks_of(train(loaded)), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_schedule_may_be_changed_between_trainings():
+    model, rigl = trained(), kso.RigL(2, 0.4, end_step=100)
+    masks = masks_of(model)
+    rigl.end_step, rigl.update_every = 1, 3
+    with pytest.warns(
+        UserWarning, match="will not act .* update_every=3, begin_step=0, end_step=1"
+    ):
+        fit(model, rigl)
+    assert all(np.array_equal(a, b) for a, b in zip(masks_of(model), masks, strict=True))
+    rigl.end_step = 100
+    fit(model, rigl)
+    assert not all(np.array_equal(a, b) for a, b in zip(masks_of(model), masks, strict=True))
+    assert repr(rigl) == "RigL(update_every=3, drop_fraction=0.4, end_step=100)"
+
+
+@pytest.mark.backend("tensorflow")  # JAX wants to compile anew when layers were frozen
+def test_logs_speak_of_the_same_weights():
+    model = trained()
+    model.get_layer("b").trainable = False
+    history = fit(model, kso.RigL(2, 0.4, end_step=100)).history
+    weights = [w.variable for w in model.optimizer.weights]
+    zeros_there = [1 - array(weight.topology.mask).mean() for weight in weights]
+    sizes = [array(weight).size for weight in weights]
+    assert history["sparsity"][-1] == pytest.approx(np.average(zeros_there, weights=sizes))
+
+
+@of_trained
+@pytest.mark.backend("tensorflow")
+def test_the_loop_for_several_workers_is_told_of_masks_that_come():
+    import tensorflow as tf
+
+    from keras_sparseopt.backend.tensorflow_loop import fit_in_own_loop
+    from keras_sparseopt.devices import build_optimizer, use_step
+
+    class Prune(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                kso.prune(self.model, 0.7, distribution="uniform")
+
+    model = prepared(net(None))
+    with pytest.warns(UserWarning, match="found no sparse weight"):
+        fit_in_own_loop(
+            model, tf.data.Dataset.from_tensor_slices(xy()).batch(8), epochs=4,
+            steps_per_epoch=None, initial_epoch=0, validation_data=None, callbacks=[Prune()],
+            verbose=0, use_step=use_step, build_optimizer=build_optimizer,
+        )  # fmt: skip
+    for weight in kso.sparse_weights(model):
+        assert np.count_nonzero(array(weight)) <= weight.topology.num_active()
+    assert_invariants(model)

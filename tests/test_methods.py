@@ -1,5 +1,7 @@
 """GMP, GraNet, SNFS and SRigL against updates computed by hand, in plain NumPy."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -222,7 +224,7 @@ def test_redistribution_is_refused_where_it_cannot_be():
         (lambda: kso.GraNet(redistribution="global"), "is not for GraNet, which has its own"),
         (lambda: kso.GMP(redistribution="global"), "that grow connections, which GMP does not"),
         (lambda: kso.GMP(drop_schedule="linear"), "`drop_schedule` is for methods that grow"),
-        (lambda: kso.Static(growth_values="random"), "`growth_values` is for methods that grow"),
+        (lambda: kso.GMP(growth_values="random"), "`growth_values` is for methods that grow"),
         (lambda: kso.RigL(redistribution="all"), '`redistribution` must be "mean", "global"'),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -438,3 +440,49 @@ def test_different_methods_for_different_layers():
     for a, b in zip(before[2:], after[2:]):
         assert np.array_equal(a, b)
     assert_invariants(model)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hooks_may_ask_for_the_step(compiled):
+    """A compiled update is one program for all steps."""
+
+    class ByStep(kso.DynamicSparseTraining):
+        def scores(self, weight, mask, gradient, update):
+            shape = update.units.unit_shape
+            places = keras.ops.reshape(keras.ops.arange(np.prod(shape)), shape)
+            numbers = keras.ops.cast(places, "int32") * 7 + self.current_step * 31
+            return keras.ops.cast(numbers % 101, "float32")
+
+    method = ByStep(4, 0.5, end_step=100, compiled=compiled)
+    model, before, after, _ = train(method)
+    told = 0
+    for step in (4, 8, 12):
+        for (w, old, _), (_, new, _) in zip(before[step - 1], after[step - 1]):
+            number = math.floor(method.current_drop_fraction(step) * old.sum())
+            kept = top(np.where(old, np.abs(w), -np.inf), int(old.sum()) - number)
+            scores = ((np.arange(w.size).reshape(w.shape) * 7 + step * 31) % 101).astype(float)
+            free = np.ones(w.shape, bool)
+            free.flat[list(kept)] = False
+            grown = top(np.where(free, scores, -np.inf), number)
+            assert positions(new) == {*kept, *grown}
+            told += number
+    assert told > 20
+
+
+def test_srigl_keeps_the_number_that_a_file_of_weights_has_brought(tmp_path):
+    def model(sparsity, seed=0):
+        keras.utils.set_random_seed(seed)
+        layer = kso.SparseDense(32, sparsity=sparsity, structure=kso.ConstantFanIn(), name="h")
+        return keras.Sequential([keras.Input((20,)), layer, keras.layers.Dense(2)])
+
+    sparse, other = model(0.9), model(0.5)
+    sparse.save_weights(tmp_path / "m.weights.h5")
+    other.compile(kso.SparseOpt("sgd"), "mse")
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        other.load_weights(tmp_path / "m.weights.h5")
+    (weight,) = kso.sparse_weights(other)
+    x, y = np.random.default_rng(0).normal(size=(32, 20)), np.zeros((32, 2))
+    method = kso.SRigL(2, 0.3, end_step=100)
+    other.fit(x, y, batch_size=4, verbose=0, callbacks=[method])
+    assert weight.topology.num_active() <= 64

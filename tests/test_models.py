@@ -612,9 +612,10 @@ def test_any_model_trains_condensed_as_masked(name, tmp_path):
     np.testing.assert_allclose(*(h["loss"] for h in histories), rtol=1e-3)
     pairs = list(zip(masks_of(masked), masks_of(model), strict=True))
     differ, active = (sum(x) for x in zip(*(((a != b).sum(), a.sum()) for a, b in pairs)))
-    # In another order of additions tiles that score the same but for rounding (attention's, whose
-    # gradients are near 0 at first) may change places: a few of thirty here.
-    assert differ <= (0.2 * active if backend.TRANSPOSES_ARE_VIEWS else 0)
+    # In another order of additions tiles that score the same but for rounding may change places: of
+    # attention's, whose gradients are near 0 at first, a few of thirty.
+    share = 0.2 if name in ("bert", "gpt2") else 0.05
+    assert differ <= (share * active if backend.TRANSPOSES_ARE_VIEWS else 0)
     kernels = [array(w.topology.kernel) for w in kso.sparse_weights(model)]
     model.save_weights(tmp_path / "m.weights.h5")
     masked.load_weights(tmp_path / "m.weights.h5")

@@ -324,3 +324,37 @@ def test_a_layer_is_no_model(tmp_path):
     ):
         with pytest.raises(TypeError, match="`model` must be a Keras model"):
             call(network().get_layer("head"))
+
+
+def test_a_model_of_several_optimizers_leaves_them_out(tmp_path):
+    class Pair(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = network(), network(seed=1)
+            self.first.optimizer = self.second.optimizer = None
+
+        def call(self, x):
+            return self.first(x) + self.second(x)
+
+    def pair(is_built):
+        found, x = Pair(), data()[0]
+        found(x)
+        found.a_optimizer, found.others = kso.SparseOpt("adam"), {"b": kso.SparseOpt("adam")}
+        parts = (found.a_optimizer, found.first), (found.others["b"], found.second)
+        for optimizer, part in parts if is_built else ():
+            optimizer.build(part.trainable_variables)
+        return found
+
+    model = pair(True)
+    steps = model.a_optimizer.iterations
+    steps.assign(steps + 5)
+    alone = kso.save_packed(model, tmp_path / "alone.ksp")
+    whole = kso.save_packed(model, tmp_path / "whole.ksp", include_optimizer=True)
+    assert alone.dense_size < 0.4 * whole.dense_size
+    for name in ("alone", "whole"):
+        for is_built in (False, True):
+            other = pair(is_built)
+            kso.load_packed(tmp_path / f"{name}.ksp", other)
+            same(model, other)
+            assert int(array(other.a_optimizer.iterations)) == 0
+            assert isinstance(other.others["b"], kso.SparseOpt)

@@ -338,3 +338,32 @@ def test_log_dir_needs_tensorflow(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="`log_dir` .* needs TensorFlow"):
         kso.GradientFlow(log_dir=tmp_path)
     kso.GradientFlow()
+
+
+def test_facts_of_condensed_models(tmp_path):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32)])
+    kso.sparsify(model, 0.75, structure=kso.Block(1, 32, balanced=True))
+    kso.condense(model).compile(kso.SparseOpt("sgd"), "mse")
+    x = np.ones((8, 64), "float32")
+    history = model.fit(x, x[:, :32], verbose=0, callbacks=[kso.RigL(1, end_step=10)])
+    text = kso.report(history, model, tmp_path, verbose=0).read_text()
+    facts = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", text))
+    assert facts["active weights"] == "512 of 2,048"
+    assert facts["sparsity of the masked layers"] == "0.7500"
+
+
+def test_a_custom_loop_goes_on_with_its_log(tmp_path):
+    model = compiled(mlp(), kso.SparseOpt("sgd"))
+    x, y = data(8)
+    for _ in range(2):  # one training in two parts
+        flow = kso.GradientFlow(2, log_dir=tmp_path)
+        model.optimizer.build(model.trainable_variables)
+        flow.begin(model.optimizer)
+        model.make_train_function(force=True)
+        for _ in range(4):
+            model.train_on_batch(x, y)
+            flow.step()
+        flow.end()
+    assert [entry["step"] for entry in flow.history] == [2, 4, 6, 8]
+    lines = (tmp_path / "gradient_flow.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]

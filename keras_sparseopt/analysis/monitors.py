@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_sparseopt import backend, keras_internals
+from keras_sparseopt import backend
 from keras_sparseopt.analysis import measures
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_int
@@ -92,8 +92,8 @@ class GradientFlow(StepCallback):
     ) -> None:
         check_int("every", every, 1)
         measures.check_p(p)
-        super().__init__(int(every), 0, math.inf, layers, optimizer)
         self.every = int(every)
+        super().__init__(layers, optimizer)
         self.p = p
         self.log_dir = None if log_dir is None else pathlib.Path(log_dir)
         self.history: list[dict] = []
@@ -145,7 +145,8 @@ class GradientFlow(StepCallback):
             "skew_jump": _mean(jumps) if jumps or not corrected else None,
         }
         self._measured = {k: math.nan if v is None else v for k, v in measured.items()}
-        if self.log_dir is not None and self._sink is None and self._is_first_worker():
+        is_first_worker = backend.worker_index(self.optimizer) == 0
+        if self.log_dir is not None and self._sink is None and is_first_worker:
             self._sink = _Sink(self.log_dir)
             self.history = self._sink.continue_from(self._run.first_step)
         self.history.append({"step": self.current_step, **measured, "layers": layers})
@@ -173,10 +174,6 @@ class GradientFlow(StepCallback):
             layer["churn"] = 1.0 - measures.mask_overlap([last], [mask])["total"]
         self._last_masks[weight.index] = mask.copy()
         return layer
-
-    def _is_first_worker(self):
-        model = keras_internals.model_of(self)
-        return model is None or backend.worker_index(model) == 0
 
 
 def _mean(values):

@@ -5,6 +5,7 @@ import collections
 import csv
 import html
 import io
+import math
 import pathlib
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from keras_sparseopt.analysis import measures
 from keras_sparseopt.analysis.monitors import LOG_FILE, GradientFlow, read_log
 from keras_sparseopt.keras_internals import functional_of
+from keras_sparseopt.models.conversion import check_model
 from keras_sparseopt.models.topology import sparse_weights
 from keras_sparseopt.optimizers.sparse_opt import sparse_opt_of
 from keras_sparseopt.progress import Verbose, check_verbose, progress
@@ -86,8 +88,7 @@ def report(
     assert page.exists()
     ```
     """
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
+    check_model(model)
     if not measures.named_topologies(model):
         raise ValueError(f"`model` must hold sparse weights. Received: '{model.name}'")
     if gradient_flow is not None and not isinstance(gradient_flow, GradientFlow):
@@ -395,7 +396,7 @@ def _skew(measured):
 
 
 def _facts(logs, model, rows):
-    size = sum(int(np.prod(weight.shape)) for weight in sparse_weights(model))
+    size = sum(math.prod(weight.topology.shape) for weight in sparse_weights(model))
     active = sum(int(row["fan_in"].sum()) for row in rows)
     trainable = sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
     facts = {

@@ -192,8 +192,8 @@ def resolve(name):
     )  # fmt: skip
 
 
-def worker_index(model):
-    """Index of this process among those that train `model` together; 0 if it is the only one."""
+def worker_index(optimizer):
+    """Index of this process among those that train together; 0 if it is the only one."""
     return jax.process_index()
 
 

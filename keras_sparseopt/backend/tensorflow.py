@@ -284,10 +284,9 @@ def _informed_scope(strategy):
         yield
 
 
-def worker_index(model):
-    """Index of this process among those that train `model` together; 0 if it is the only one."""
-    strategy = getattr(model, "distribute_strategy", None)
-    return 0 if strategy is None else tf_workers(strategy)[1]
+def worker_index(optimizer):
+    """Index of this process among those that train together; 0 if it is the only one."""
+    return tf_workers(keras_internals.strategy_of(optimizer))[1]
 
 
 def strategy_scope(optimizer):

@@ -17,9 +17,9 @@ def trains_with_several_workers(strategy):
 
 def tf_workers(strategy):
     """Number of processes, and the index of this one."""
-    resolver = strategy.cluster_resolver
-    if resolver is None or not trains_with_several_workers(strategy):
+    if not trains_with_several_workers(strategy) or strategy.cluster_resolver is None:
         return 1, 0
+    resolver = strategy.cluster_resolver
     workers = resolver.cluster_spec().as_dict()
     chiefs = len(workers.get("chief", []))
     index = resolver.task_id + (0 if resolver.task_type == "chief" else chiefs)
@@ -28,15 +28,14 @@ def tf_workers(strategy):
 
 def fit_in_own_loop(
     model, data, epochs, steps_per_epoch, initial_epoch, validation_data, callbacks, verbose,
-    kept_gradients, build_optimizer,
+    use_step, build_optimizer,
 ):  # fmt: skip
     """`fit` under strategies that Keras' `fit` cannot train under.
 
     Args:
         model, data, epochs, steps_per_epoch, initial_epoch, validation_data, callbacks, verbose:
             As in `fit_distributed`.
-        kept_gradients: Function without arguments: what tells the steps apart that are compiled.
-        build_optimizer: Function of the model.
+        use_step, build_optimizer: Functions of the model.
     """
     strategy = model.distribute_strategy
     for argument, value in (("data", data), ("validation_data", validation_data)):
@@ -62,7 +61,10 @@ def fit_in_own_loop(
     model.stop_training = False
     callback_list.on_train_begin()
 
-    # One for each kind of gradients that are kept, which changes while training.
+    # One for each of Keras' train functions. These are made anew (and never run here) where
+    # gradients begin or cease to be kept, and where masks come that a compiled step does not know.
+    use_step(model)
+
     def new_train_step():
         @tf.function(reduce_retracing=True)
         def train_step(batch):
@@ -90,7 +92,7 @@ def fit_in_own_loop(
                     f"`data` ran out at step {step} of {steps_per_epoch} in epoch {epoch}: with "
                     "`steps_per_epoch` it is read on from epoch to epoch and must suffice for all."
                 ) from None
-            train_steps[kept_gradients()](batch)
+            train_steps[model.train_function](batch)
             callback_list.on_train_batch_end(step, {})
             if model.stop_training:
                 break

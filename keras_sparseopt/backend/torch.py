@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from typing import Any
 
 import keras
@@ -35,12 +36,19 @@ STEPS_SHARE_VARIABLES = True
 # A transposed tensor is the same memory, which goes on from layer to layer.
 TRANSPOSES_ARE_VIEWS = True
 
-_inside: list = []  # the functions of `compiled` that run
+
+class _Inside(threading.local):
+    """How many functions of `compiled` run in this thread."""
+
+    number = 0
+
+
+_inside = _Inside()
 
 
 def is_traced(*arrays):
     """Whether a computation on these arrays is being recorded, not run, or is of `compiled`."""
-    if torch.compiler.is_compiling() or _inside:
+    if torch.compiler.is_compiling() or _inside.number:
         return True
     return any(getattr(array, "is_meta", False) for array in arrays)
 
@@ -100,12 +108,12 @@ def compiled(function, donate=()):
     @functools.wraps(function)
     def run(*arguments, **named):
         arguments, named = keras.tree.map_structure(tensor, (arguments, named))
-        _inside.append(function)
+        _inside.number += 1
         try:
             with torch.no_grad():
                 return function(*arguments, **named)
         finally:
-            _inside.pop()
+            _inside.number -= 1
 
     return run
 
@@ -259,9 +267,9 @@ def check_fit(model, own_loop):
         )
 
 
-def worker_index(model):
-    """Index of this process among those that train `model` together; 0 if it is the only one."""
-    return torch.distributed.get_rank() if num_replicas(model.optimizer) > 1 else 0
+def worker_index(optimizer):
+    """Index of this process among those that train together; 0 if it is the only one."""
+    return torch.distributed.get_rank() if _num_processes() > 1 else 0
 
 
 def copies_of_shards(variable):

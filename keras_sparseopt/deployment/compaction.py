@@ -14,9 +14,8 @@ from keras_sparseopt.backend import host
 from keras_sparseopt.deployment.convert import example_inputs
 from keras_sparseopt.deployment.copies import check_same, outputs_of, plain_copy
 from keras_sparseopt.models.conversion import check_built
+from keras_sparseopt.models.kernels import CONVOLUTIONS, DEPTHWISE
 
-_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _POOLING = (
     layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D, layers.AveragePooling1D,
     layers.AveragePooling2D, layers.AveragePooling3D, layers.GlobalAveragePooling1D,
@@ -197,7 +196,7 @@ class _Network:
                 (*shape[:-2], -1, shape[-1]) if positions == 1 else (-1, shape[-1])
             )
         for own in (layer, *on_way):
-            axis = -2 if isinstance(own, _DEPTHWISE) else -1
+            axis = -2 if isinstance(own, DEPTHWISE) else -1
             self.values[id(own)] = [
                 np.compress(~gone, v, axis if v.ndim > 1 else -1) for v in self.values[id(own)]
             ]
@@ -212,7 +211,7 @@ class _Network:
 
     @staticmethod
     def _can_fold(reader, constant):
-        pads = isinstance(reader, _CONVOLUTIONS) and not (
+        pads = isinstance(reader, CONVOLUTIONS) and not (
             reader.padding == "valid" or set(reader.kernel_size) == {1}
         )
         return (constant == 0) if pads else np.isfinite(constant)
@@ -254,7 +253,7 @@ class _Network:
         if isinstance(layer, layers.BatchNormalization) and positions == 1:
             if layer.axis in (-1, len(tensor.shape) - 1):
                 return _normalized(layer, self.values[id(layer)], constant), 1
-        if isinstance(layer, _DEPTHWISE) and layer.depth_multiplier == 1:
+        if isinstance(layer, DEPTHWISE) and layer.depth_multiplier == 1:
             if layer.data_format == "channels_last":
                 kernel, *bias = self.values[id(layer)]
                 pads = layer.padding != "valid" and set(layer.kernel_size) != {1}
@@ -282,7 +281,7 @@ class _Network:
 
 def _is_product(layer):
     """Whether it is a dense layer or a convolution that each of its neurons reads whole."""
-    if type(layer) in _CONVOLUTIONS:
+    if type(layer) in CONVOLUTIONS:
         return layer.groups == 1 and layer.data_format == "channels_last"
     return type(layer) is layers.Dense
 

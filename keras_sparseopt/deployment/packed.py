@@ -18,7 +18,7 @@ import numpy as np
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.checks import check_bool
-from keras_sparseopt.devices import optimizers_of
+from keras_sparseopt.devices import attributes_with_optimizers, optimizers_of
 from keras_sparseopt.files import check_place, read_whole, write_whole
 from keras_sparseopt.models.conversion import (
     check_model,
@@ -121,8 +121,9 @@ def save_packed(model: keras.Model, path: Path, include_optimizer: bool = False)
     with tempfile.TemporaryDirectory() as directory:
         saved = pathlib.Path(directory) / "model.keras"
         model.save(saved)
-        write_whole(path, lambda file: _pack(saved, file, model, include_optimizer))
-        dense = _bytes_of_arrays(saved, include_optimizer)
+        left_out = set() if include_optimizer else attributes_with_optimizers(model)
+        write_whole(path, lambda file: _pack(saved, file, model, left_out))
+        dense = _bytes_of_arrays(saved, left_out)
     path = pathlib.Path(path)
     return PackedFile(path, path.stat().st_size, dense)
 
@@ -205,7 +206,7 @@ def _load_into(model, saved, found):
             if topology_of(variable) is not None:
                 set_mask(variable, mask)
         _hang(model, found)
-        with keras_internals.without_optimizer(model):
+        with keras_internals.without_attributes(model, attributes_with_optimizers(model)):
             model.load_weights(saved)
     return model
 
@@ -253,12 +254,14 @@ def _hang(model, found):
 
 def _check_fits(model, saved):
     """Whether Keras will find every array of the model in the file, and no other."""
-    with tempfile.TemporaryDirectory() as directory, keras_internals.without_optimizer(model):
-        own = pathlib.Path(directory) / "own.weights.h5"
-        model.save_weights(own)
-        mine = _shapes(own.read_bytes())
+    left_out = attributes_with_optimizers(model)
+    with keras_internals.without_attributes(model, left_out):
+        with tempfile.TemporaryDirectory() as directory:
+            own = pathlib.Path(directory) / "own.weights.h5"
+            model.save_weights(own)
+            mine = _shapes(own.read_bytes(), left_out)
     with zipfile.ZipFile(saved) as file:
-        theirs = _shapes(file.read(_WEIGHTS))
+        theirs = _shapes(file.read(_WEIGHTS), left_out)
     if mine != theirs:
         different = sorted(set(mine.items()) ^ set(theirs.items()))
         raise ValueError(
@@ -267,26 +270,24 @@ def _check_fits(model, saved):
         )
 
 
-def _bytes_of_arrays(saved, include_optimizer):
+def _bytes_of_arrays(saved, left_out):
     """How large the arrays of a `.keras` file are: int."""
-    sizes = []
-
-    def see(name, item):
-        if isinstance(item, h5py.Dataset):
-            if include_optimizer or not name.startswith("optimizer/"):
-                sizes.append(item.size * item.dtype.itemsize)
-
-    with zipfile.ZipFile(saved) as file, h5py.File(io.BytesIO(file.read(_WEIGHTS))) as weights:
-        weights.visititems(see)
-    return sum(sizes)
+    with zipfile.ZipFile(saved) as file:
+        arrays = _arrays(file.read(_WEIGHTS), left_out)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays.values())
 
 
-def _shapes(content):
+def _shapes(content, left_out):
+    return {name: shape for name, (shape, _) in _arrays(content, left_out).items()}
+
+
+def _arrays(content, left_out):
+    """Shapes and dtypes of the arrays of an HDF5 file, without those of some groups: dict."""
     found = {}
 
     def see(name, item):
-        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer/"):
-            found[name] = item.shape
+        if isinstance(item, h5py.Dataset) and name.partition("/")[0] not in left_out:
+            found[name] = item.shape, item.dtype
 
     with h5py.File(io.BytesIO(content)) as file:
         file.visititems(see)
@@ -312,7 +313,7 @@ class _Blobs:
         return self._names[key]
 
 
-def _pack(saved, file, model, include_optimizer):
+def _pack(saved, file, model, left_out):
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as target:
         blobs, arrays = _Blobs(target), list[dict]()
         for name in source.namelist():
@@ -320,13 +321,10 @@ def _pack(saved, file, model, include_optimizer):
             if name == _WEIGHTS:
                 skeleton = io.BytesIO()
                 with h5py.File(io.BytesIO(content)) as old, h5py.File(skeleton, "w") as new:
-                    if not include_optimizer and "optimizer" in old:
-                        names = [key for key in old if key != "optimizer"]
-                    else:
-                        names = list(old)
+                    names = [key for key in old if key not in left_out]
                     _take_out(old, new, names, blobs, arrays)
                 content = skeleton.getvalue()
-            elif name == "config.json" and not include_optimizer:
+            elif name == "config.json" and left_out:
                 content = json.dumps({**json.loads(content), "compile_config": None}).encode()
             target.writestr(name, content)
         attached = [

@@ -29,7 +29,7 @@ from keras_sparseopt.typing import Array, DropFraction, DropSchedule, GrowthValu
 
 # What a callback is beside its arguments: compiled updates do not depend on it.
 _NO_ARGUMENTS = {
-    "params", "optimizer", "optimizer_name", "layers", "_model", "_run", "_when",
+    "params", "optimizer", "optimizer_name", "layers", "_model", "_run",
     "update_every", "begin_step", "end_step", "compiled", "check_replicas",
 }  # fmt: skip
 
@@ -193,15 +193,14 @@ class DynamicSparseTraining(StepCallback):
                 f'`redistribution="mean"` needs gradients, which {type(self).__name__} does not '
                 "use; \"global\" does not. Received: redistribution='mean'"
             )
-        end_step = None if end_step is None else int(end_step)
-        super().__init__(int(update_every), int(begin_step), end_step, layers, optimizer)
         self.update_every = int(update_every)
+        self.begin_step = int(begin_step)
+        self.end_step = None if end_step is None else int(end_step)
+        super().__init__(layers, optimizer)
         self.drop_fraction: Any = drop_fraction
         self.drop_schedule = drop_schedule
         self.growth_values = growth_values
         self.redistribution = redistribution
-        self.begin_step = int(begin_step)
-        self.end_step = end_step
         self.seed = int(seed)
         self.compiled = compiled
         self.check_replicas = check_replicas
@@ -401,10 +400,11 @@ class DynamicSparseTraining(StepCallback):
 
     def choose(self, weight, mask, gradient, update):
         """The new active units, and where new ones start: all that an update asks of a method."""
-        return (
-            self.new_mask(weight, mask, gradient, update),
-            self.grown(weight, mask, gradient, update),
-        )
+        with self._run.at(update.step):  # which a compiled update must not take for a constant
+            return (
+                self.new_mask(weight, mask, gradient, update),
+                self.grown(weight, mask, gradient, update),
+            )
 
     def _chooses_on_host(self, weights):
         if self.compiled is not None:
@@ -463,12 +463,10 @@ class DynamicSparseTraining(StepCallback):
         )  # fmt: skip
 
     def read_logs(self) -> dict[str, float]:
-        every = self.optimizer.weights
-        weights = [weight for weight in every if weight.variable.trainable] or every
-        facts = moving.inspect(weights)
-        size = sum(math.prod(weight.topology.shape) for weight in weights)
+        topologies = [weight.topology for weight in self.optimizer.weights]
+        size = sum(math.prod(topology.shape) for topology in topologies)
         measures = {
-            "sparsity": lambda: 1.0 - sum(fact["active"] for fact in facts.values()) / size,
+            "sparsity": lambda: 1.0 - sum(t.num_active() for t in topologies) / size,
             "drop_fraction": lambda: self.current_drop_fraction(self.current_step),
             "itop_rate": self.optimizer.itop_rate,
             "mask_change": lambda: float(host(self.optimizer.mask_change)),

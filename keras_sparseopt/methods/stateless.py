@@ -105,16 +105,13 @@ def _is_time(method, step):
     accumulation = base.gradient_accumulation_steps or 1
     calls = ops.convert_to_tensor(keras_internals.step_count(base))
     is_multiple = calls % (method.update_every * accumulation) == 0
-    run = method._run
-    before, run.step = run.step, step
     try:
-        is_due = method.is_due()
+        with method._run.at(step):
+            is_due = method.is_due()
     except Exception as error:  # jax.errors.ConcretizationTypeError, or what comes of it
         raise NotImplementedError(
             f"`is_due` of {type(method).__name__} cannot be traced, as `stateless_step` must: "
             "write it with keras.ops, for a step that is a tensor. "
             f"Received: {type(error).__name__}"
         ) from error
-    finally:
-        run.step = before
     return ops.logical_and(is_multiple, is_due)

@@ -1,9 +1,8 @@
 """Static sparse training, the baseline."""
 
-from typing import Unpack
+from collections.abc import Sequence
 
 from keras_sparseopt.methods.base import DynamicSparseTraining
-from keras_sparseopt.typing import SeededSchedule
 
 
 class Static(DynamicSparseTraining):
@@ -13,7 +12,7 @@ class Static(DynamicSparseTraining):
     that differs from `RigL` or `SET` in this one name.
 
     Args:
-        **schedule: `layers`, `optimizer`, `check_replicas`, see `DynamicSparseTraining`.
+        layers, optimizer: As in `DynamicSparseTraining`.
 
     Example:
 
@@ -27,5 +26,5 @@ class Static(DynamicSparseTraining):
     grows = False
     acts = False
 
-    def __init__(self, **schedule: Unpack[SeededSchedule]) -> None:
-        super().__init__(update_every=1, drop_fraction=0.0, end_step=1, **schedule)
+    def __init__(self, layers: Sequence[str] | None = None, optimizer: str | None = None) -> None:
+        super().__init__(1, drop_fraction=0.0, end_step=1, layers=layers, optimizer=optimizer)

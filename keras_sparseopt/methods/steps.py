@@ -1,5 +1,6 @@
 """What happens at certain optimizer steps: a callback that counts them, in `fit` and elsewhere."""
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -49,6 +50,15 @@ class Run:
         self.has_seen_last = False
         self.probe = 1
 
+    @contextlib.contextmanager
+    def at(self, step):
+        """For so long it is another step: a tensor, while something is compiled for all steps."""
+        before, self.step = self.step, step
+        try:
+            yield
+        finally:
+            self.step = before
+
 
 class StepCallback(keras.callbacks.Callback):
     """Base of the callbacks that do something every so many optimizer steps.
@@ -57,10 +67,11 @@ class StepCallback(keras.callbacks.Callback):
     between: batches are counted, with as many steps per batch as there were so far. A subclass
     says what is done (`act`), when (`is_due`), and what it logs.
 
+    A subclass sets the attribute that `interval` names, and `begin_step` and `end_step` where they
+    are others (see `Schedule`), before it calls this constructor. They are read at the start of
+    every training.
+
     Args:
-        every: Int, optimizer steps.
-        begin: Int.
-        end: Int or `None`, see `Schedule`.
         layers: List of names or patterns such as `"conv*"` of sparse weights, or `None` for all.
         optimizer: String, the attribute of the model that holds the `SparseOpt`, or `None`.
     """
@@ -71,15 +82,10 @@ class StepCallback(keras.callbacks.Callback):
     acts = True
     # The argument that says how often.
     interval = "update_every"
+    begin_step: int = 0
+    end_step: Any = math.inf
 
-    def __init__(
-        self,
-        every: int,
-        begin: int = 0,
-        end: float | None = None,
-        layers: Sequence[str] | None = None,
-        optimizer: str | None = None,
-    ) -> None:
+    def __init__(self, layers: Sequence[str] | None = None, optimizer: str | None = None) -> None:
         super().__init__()
         if optimizer is not None and not isinstance(optimizer, str):
             raise ValueError(
@@ -89,11 +95,11 @@ class StepCallback(keras.callbacks.Callback):
         self.layers = check_patterns("layers", layers)
         self.optimizer_name = optimizer
         self.optimizer: Any = None
-        self._when = every, begin, end
         self._run = self._new_run()
 
     def _new_run(self):
-        return Run(Schedule(*self._when, self.ends_with_update))
+        every = getattr(self, self.interval)
+        return Run(Schedule(every, self.begin_step, self.end_step, self.ends_with_update))
 
     def __repr__(self) -> str:
         own, defaults = inspect.signature(type(self)).parameters, dict[str, Any]()
@@ -102,8 +108,7 @@ class StepCallback(keras.callbacks.Callback):
             defaults = {name: p.default for name, p in parameters.items()} | defaults
         hands_on = any(p.kind is p.VAR_KEYWORD for p in own.values())
         names = {*own, *(SeededSchedule.__annotations__ if hands_on else ())}
-        values = vars(self) | dict(zip((self.interval, "begin_step", "end_step"), self._when))
-        values["optimizer"] = self.optimizer_name
+        values = vars(self) | {"optimizer": self.optimizer_name}
         told = [
             f"{name}={values[name]!r}"
             for name, default in defaults.items()
@@ -167,7 +172,7 @@ class StepCallback(keras.callbacks.Callback):
 
     @property
     def current_step(self) -> Any:
-        """The optimizer step: int, or a tensor inside of `stateless_step`."""
+        """The optimizer step: int, or a tensor in what is compiled (`stateless_step`, `scores`)."""
         return self._run.step
 
     @property
@@ -237,6 +242,7 @@ class StepCallback(keras.callbacks.Callback):
         self._run.is_again = optimizer.begins_again(type(self).__name__)
         optimizer.settle()
         self._look()
+        self._run.first_step = self._run.step
         self.warn_if_idle()
         self._run.logs = self.read_logs()
         return changed
@@ -378,7 +384,7 @@ class StepCallback(keras.callbacks.Callback):
 
     def _check_place(self):
         """Warn of callbacks that write logs before this one has added its own."""
-        before = keras_internals.callbacks_before(self)
+        before, _ = keras_internals.callbacks_around(self)
         if self.acts and any(isinstance(x, keras.callbacks.CSVLogger) for x in before):
             warnings.warn(
                 f"CSVLogger comes before {type(self).__name__} in the list of callbacks and will "

@@ -12,8 +12,10 @@ from keras_sparseopt.checks import check_int, check_sparsity
 from keras_sparseopt.models.conversion import (
     attach_all,
     check_built,
+    check_something,
     maskable,
     structures_of,
+    warn_of_dense,
 )
 from keras_sparseopt.models.pruning import best, check_finite, ranked_together
 from keras_sparseopt.progress import Verbose, check_verbose, progress
@@ -111,8 +113,7 @@ def prune_at_init(
     if data is not None and not (isinstance(data, tuple) and len(data) == 2):
         raise ValueError(f"`data` must be a tuple (x, y), one batch. Received: {type(data)}")
     kernels = maskable(model, include, exclude)
-    if not kernels:
-        raise ValueError(f"Nothing is left to mask. Received: exclude={exclude!r}")
+    check_something(model, kernels, f"exclude={exclude!r}")
     structures = structures_of(model, kernels, structure)
     for own in structures.values():
         own.check_sparsity(sparsity)
@@ -124,6 +125,8 @@ def prune_at_init(
         bar.add(1)
         found = _best(kernels, structures, scores, sparsity)
     attach_all(model, kernels, found, skew_correction, structures)
+    counts = [np.count_nonzero(mask) for mask in found]
+    warn_of_dense(model, kernels, counts, structures, exclude, distribution=None)
     return model
 
 

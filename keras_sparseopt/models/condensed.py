@@ -10,7 +10,7 @@ from keras import ops, regularizers
 
 from keras_sparseopt import backend, forms, keras_internals
 from keras_sparseopt.backend import host
-from keras_sparseopt.models.products import Letters, equation_of, is_convolution
+from keras_sparseopt.models.products import Letters, equation_of, is_convolution, windows_of
 from keras_sparseopt.models.topology import forget_steps, mask_variable, trainers_of
 
 _BY_ELEMENT = regularizers.L1, regularizers.L2, regularizers.L1L2
@@ -277,22 +277,9 @@ class TiledConvolution(Tiled):
         channels = self.rank + 1 if last else 1
         spatial = [axis for axis in range(1, self.rank + 2) if axis != channels]
         planes = ops.transpose(inputs, (channels, *spatial, 0))
-        sizes = ops.shape(planes)[1:-1]
-        places = list(zip(sizes, self.kernel_size, self.strides, self.dilation_rate))
-        padding = [_padding(*place, self.padding) for place in places]
+        padding, lengths, windows = windows_of(self, ops.shape(planes)[1:-1])
         if form.padding or any(map(any, padding)):
             planes = ops.pad(planes, [[0, form.padding], *padding, [0, 0]])
-        lengths = [
-            (size + sum(added) - (window - 1) * dilation - 1) // stride + 1
-            for (size, window, stride, dilation), added in zip(places, padding)
-        ]
-        windows = [
-            tuple(
-                slice(at * dilation, at * dilation + (length - 1) * stride + 1, stride)
-                for at, length, (_, _, stride, dilation) in zip(position, lengths, places)
-            )
-            for position in np.ndindex(*self.kernel_size)
-        ]
         values, pattern = self._stored()
         outputs = self._told(convolve(planes, values, pattern, windows), planes, windows)
         outputs = ops.reshape(outputs, (*lengths, ops.shape(inputs)[0], form.neurons))
@@ -305,22 +292,6 @@ class TiledConvolution(Tiled):
         if self.data_format == "channels_last":
             return self.bias
         return ops.reshape(self.bias, (1, self.filters, *(1,) * self.rank))
-
-
-def _padding(size, window, stride, dilation, kind):
-    """What a convolution adds before and after an axis: tuple of ints."""
-    reach = (window - 1) * dilation
-    if kind == "causal":
-        return reach, 0
-    if kind == "valid":
-        return 0, 0
-    if stride == 1:
-        return reach // 2, reach - reach // 2
-    # A size may be unknown: plain arithmetic does for integers of Python and of all backends. ONNX
-    # rounds quotients towards 0, which is right for numbers ≥ 0.
-    missing = reach - (size - 1) % stride
-    missing = (missing + abs(missing)) // 2  # 0 if it is negative
-    return missing // 2, missing - missing // 2
 
 
 def why_plain(layer, units, regularizer, constraint):

@@ -24,7 +24,7 @@ from keras_sparseopt.models.condensed import (
     uncondense_layers,
     why_plain,
 )
-from keras_sparseopt.models.conversion import check_built, strip
+from keras_sparseopt.models.conversion import check_built, check_strip, strip
 from keras_sparseopt.models.kernels import kernels_of
 from keras_sparseopt.models.products import Letters, active_values, equation_of, plain_class
 from keras_sparseopt.models.topology import (
@@ -141,8 +141,13 @@ def condense(model: keras.Model, trainable: bool = True) -> keras.Model:
     optimizers = keras_internals.all_optimizers()
     if trainable:
         _check_optimizers([kernel.variable for kernel in tiled], optimizers)
-    elif hasattr(model, "compiled"):
-        keras_internals.uncompile(model)
+    else:
+        for kernel in (*tiled, *others):
+            check_leases(kernel.variable)
+        for kernel in others:
+            check_strip(kernel.layer)
+        if hasattr(model, "compiled"):
+            keras_internals.uncompile(model)
     for kernel in tiled:
         _condense_tiles(kernel, optimizers)
     for kernel in others:

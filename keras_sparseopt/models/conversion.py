@@ -460,15 +460,9 @@ def strip(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"`model` must be a Keras model. Received: model={model!r}")
-    owners = [x for x in keras_internals.all_layers(model) if isinstance(x, sparse.SparseLayer)]
-    own = [f"'{x.name}' ({type(x).__name__})" for x in owners if plain_class(x) not in _PLAIN]
-    if own:
-        raise ValueError(
-            "`model` must hold sparse layers of this package: a subclass of one has no plain "
-            f"counterpart. Received: {', '.join(own)}"
-        )
-    check_zeros(model)
+    check_strip(model)
     layers = keras_internals.all_layers(model)
+    owners = [layer for layer in layers if isinstance(layer, sparse.SparseLayer)]
     uncondense_layers([layer for layer in layers if isinstance(layer, CondensedLayer)])
     changed = sparse_weights(model)
     is_plain = not (changed or owners or any(isinstance(x, CondensedLayer) for x in layers))
@@ -484,6 +478,18 @@ def strip(model: keras.Model) -> keras.Model:
     if hasattr(model, "compiled") and not is_plain:
         keras_internals.uncompile(model)
     return model
+
+
+def check_strip(model):
+    """Raise ValueError where a model or layer cannot be stripped."""
+    owners = [x for x in keras_internals.all_layers(model) if isinstance(x, sparse.SparseLayer)]
+    own = [f"'{x.name}' ({type(x).__name__})" for x in owners if plain_class(x) not in _PLAIN]
+    if own:
+        raise ValueError(
+            "`model` must hold sparse layers of this package: a subclass of one has no plain "
+            f"counterpart. Received: {', '.join(own)}"
+        )
+    check_zeros(model)
 
 
 def check_zeros(model):

@@ -50,7 +50,7 @@ class Kernel:
 
 CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _NEVER = (
     layers.BatchNormalization,
     layers.LayerNormalization,
@@ -113,7 +113,7 @@ def _by_name(layer, variable):
         return Kernel(layer, variable, neurons, masks.fan_in_axes(rank, neurons))
     if isinstance(layer, _TRANSPOSED) and name == "kernel":
         return Kernel(layer, variable, (before,), (last,))
-    if isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel":
+    if isinstance(layer, DEPTHWISE) or name == "depthwise_kernel":
         return Kernel(layer, variable, (before, last), (before,), "depthwise")
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and shape_of(variable)[before] == 1:
         return Kernel(layer, variable, (last,), (before,), "depthwise")

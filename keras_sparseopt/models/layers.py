@@ -259,7 +259,7 @@ class SparseLayer(keras.layers.Layer):
             mask = np.asarray(store["kernel_mask"])
             weight = ops.convert_to_tensor(self._kernel)
             self._kernel.assign(masks.masked(weight, ops.convert_to_tensor(mask)))
-            self._kernel.topology.replace_mask(mask)
+            self._kernel.topology.take(mask)
 
     def _check_store(self, store):
         if "kernel_mask" not in store.keys():

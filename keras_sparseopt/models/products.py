@@ -4,9 +4,11 @@ import math
 import re
 import string
 
+import numpy as np
 from keras import layers
 
 from keras_sparseopt.backend import host
+from keras_sparseopt.models.kernels import CONVOLUTIONS
 from keras_sparseopt.models.topology import topology_of
 
 
@@ -18,7 +20,7 @@ def active_values(variable):
 
 def equation_of(layer):
     """The einsum that a layer is, or `None` and why it cannot be condensed."""
-    if not _is_one_of(layer, (layers.Dense, layers.EinsumDense, *_CONVOLUTIONS)):
+    if not _is_one_of(layer, (layers.Dense, layers.EinsumDense, *CONVOLUTIONS)):
         return None, f"{plain_class(layer).__name__} cannot be condensed"
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return None, "it has LoRA or is quantized"
@@ -35,9 +37,6 @@ def equation_of(layer):
     return "...i,io->...o", ""
 
 
-_CONVOLUTIONS = layers.Conv1D, layers.Conv2D, layers.Conv3D
-
-
 def plain_class(layer):
     """The class of a layer, of a condensed one that of the plain one."""
     return getattr(type(layer), "plain_class", type(layer))
@@ -52,7 +51,46 @@ def _is_one_of(layer, kinds):
 def is_convolution(layer):
     """Whether it is a convolution that can be condensed: one of Keras, without groups."""
     is_plain = not getattr(layer, "lora_enabled", False)
-    return is_plain and _is_one_of(layer, _CONVOLUTIONS) and layer.groups == 1
+    return is_plain and _is_one_of(layer, CONVOLUTIONS) and layer.groups == 1
+
+
+def windows_of(layer, sizes):
+    """What the positions of a convolution's window read, of inputs of some spatial sizes.
+
+    Returns:
+        Pairs, what is added before and after each axis; the sizes of the outputs; and tuples of
+        slices of the inputs with what is added, one for each position.
+    """
+    places = list(zip(sizes, layer.kernel_size, layer.strides, layer.dilation_rate))
+    padding = [_padding(*place, layer.padding) for place in places]
+    lengths = [
+        (size + sum(added) - (window - 1) * dilation - 1) // stride + 1
+        for (size, window, stride, dilation), added in zip(places, padding)
+    ]
+    windows = [
+        tuple(
+            slice(at * dilation, at * dilation + (length - 1) * stride + 1, stride)
+            for at, length, (_, _, stride, dilation) in zip(position, lengths, places)
+        )
+        for position in np.ndindex(*layer.kernel_size)
+    ]
+    return padding, lengths, windows
+
+
+def _padding(size, window, stride, dilation, kind):
+    """What a convolution adds before and after an axis: tuple of ints."""
+    reach = (window - 1) * dilation
+    if kind == "causal":
+        return reach, 0
+    if kind == "valid":
+        return 0, 0
+    if stride == 1:
+        return reach // 2, reach - reach // 2
+    # A size may be unknown: plain arithmetic does for integers of Python and of all backends. ONNX
+    # rounds quotients towards 0, which is right for numbers ≥ 0.
+    missing = reach - (size - 1) % stride
+    missing = (missing + abs(missing)) // 2  # 0 if it is negative
+    return missing // 2, missing - missing // 2
 
 
 class Letters:

@@ -1,7 +1,6 @@
 """Masks found in a trained model, at once."""
 
 import contextlib
-import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from keras_sparseopt.models.conversion import (
     warn_of_dense,
 )
 from keras_sparseopt.models.kernels import CONVOLUTIONS
-from keras_sparseopt.models.products import Letters
+from keras_sparseopt.models.products import Letters, windows_of
 from keras_sparseopt.progress import Verbose, check_verbose, progress
 from keras_sparseopt.structures import ConstantFanIn, StructureRules, shared_budget
 from keras_sparseopt.typing import Distribution, Rules, SkewCorrection, Sparsities
@@ -324,23 +323,9 @@ def _squares(layer, x):
 
 def _squares_in_windows(layer, x):
     """`_squares` of a convolution, for x (batch, *spatial, channels)."""
-    pads, outputs = [(0, 0)], []
-    for n, k, stride, dilation in zip(
-        x.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate
-    ):
-        reach = (k - 1) * dilation + 1
-        number = (n - reach) // stride + 1 if layer.padding == "valid" else math.ceil(n / stride)
-        missing = max((number - 1) * stride + reach - n, 0)
-        left = {"valid": 0, "same": missing // 2, "causal": reach - 1}[layer.padding]
-        pads.append((left, max(missing - left, 0)))
-        outputs.append((number - 1) * stride + 1)
-    squares = np.pad(x * x, [*pads, (0, 0)])
-    found = np.empty((*layer.kernel_size, x.shape[-1]))
-    for tap in np.ndindex(*layer.kernel_size):
-        starts = [t * dilation for t, dilation in zip(tap, layer.dilation_rate)]
-        parts = zip(starts, outputs, layer.strides)
-        window = tuple(slice(start, start + n, stride) for start, n, stride in parts)
-        found[tap] = squares[:, *window].sum(axis=tuple(range(x.ndim - 1)))
+    padding, _, windows = windows_of(layer, x.shape[1:-1])
+    squares, examples = np.pad(x * x, [(0, 0), *padding, (0, 0)]), tuple(range(x.ndim - 1))
+    found = np.stack([squares[:, *window].sum(axis=examples) for window in windows])
     groups, channels = layer.groups, x.shape[-1] // layer.groups
     by_group = np.moveaxis(found.reshape(*layer.kernel_size, groups, channels), -2, -1)
     return np.repeat(by_group, layer.filters // groups, axis=-1)

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import math
+import threading
 import warnings
 import weakref
 import zlib
@@ -113,8 +114,8 @@ class Topology:
 
         Steps that were compiled without a mask do not know of one that is new: `forget_steps`.
         """
-        if _waiting:
-            _waiting[-1].append(self)
+        if _waiting.lists:
+            _waiting.lists[-1].append(self)
             return
         for variable in followers_of(self.variable):
             topology = topology_of(variable)
@@ -767,20 +768,26 @@ def check_leads(variable):
         )
 
 
-# Topologies whose followers wait, of each `leading_at_the_end`.
-_waiting: list[list[Topology]] = []
+class _Waiting(threading.local):
+    """Topologies whose followers wait: a list for each `leading_at_the_end`."""
+
+    def __init__(self):
+        self.lists: list[list[Topology]] = []
+
+
+_waiting = _Waiting()
 
 
 @contextlib.contextmanager
 def leading_at_the_end():
     """While masks change that may have to be given back: followers get them once all is well."""
-    _waiting.append([])
+    _waiting.lists.append([])
     try:
         yield
     except BaseException:
-        _waiting.pop()
+        _waiting.lists.pop()
         raise
-    for topology in {id(topology): topology for topology in _waiting.pop()}.values():
+    for topology in {id(topology): topology for topology in _waiting.lists.pop()}.values():
         topology.lead()
 
 

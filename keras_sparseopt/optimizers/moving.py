@@ -365,7 +365,7 @@ _count_packed = compiled(masks.count_packed)
 # ---------------------------------------------------------------------- before it may begin
 
 
-def inspect(weights, gradient_of=lambda weight: None):
+def inspect(weights, gradient_of):
     """What a mask update must know before it may begin, a few numbers of each weight.
 
     Args:
@@ -373,9 +373,9 @@ def inspect(weights, gradient_of=lambda weight: None):
         gradient_of: Function of a `Weight`: its gradient, a tensor, or `None`.
 
     Returns:
-        Dict from index to a dict: `active` (int), `weight_is_finite`, `gradient_is_finite`,
-        `has_gradient` (bools). A gradient that is 0 throughout is none: JAX gives that to what
-        no loss depends on, where TensorFlow gives nothing.
+        Dict from index to a dict of bools: `weight_is_finite`, `gradient_is_finite`,
+        `has_gradient`. A gradient that is 0 throughout is none: JAX gives that to what no loss
+        depends on, where TensorFlow gives nothing.
     """
     found = {}
     for weight in weights:
@@ -384,7 +384,7 @@ def inspect(weights, gradient_of=lambda weight: None):
             facts = _facts_on_host(host(weight.variable), gradient)
         else:
             facts = _compiled_facts(ops.convert_to_tensor(weight.variable), gradient)
-        found[weight.index] = {"active": weight.topology.num_active(), **facts}
+        found[weight.index] = facts
     always = {"gradient_is_finite": True, "has_gradient": True}
     return {
         index: {**always, **{name: np.asarray(value).item() for name, value in facts.items()}}

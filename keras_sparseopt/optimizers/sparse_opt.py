@@ -46,8 +46,9 @@ KEEPS_ZEROS = (
     optimizers.Lion,
     optimizers.Lamb,
 )
-# What part of a weight must be 0 for it to have been sparse once.
-_FEW_ZEROS = 0.1
+# What part of a weight must be 0 for it to have been sparse once; and beside one that is sparse.
+# (Of an initializer of half precision one weight in 128 may be 0.)
+_FEW_ZEROS, _FEW_BESIDE = 0.1, 0.02
 
 
 def sparse_opt_of(optimizer):
@@ -70,7 +71,7 @@ class _State:
         self.mover: Any = None
         # The weights that the step knew which was traced last.
         self.traced: set | None = None
-        # Whether weights that were sparse once have been looked for since the last step.
+        # Whether a step was taken, or weights that were sparse once are looked for just now.
         self.has_looked = False
         # The optimizers that this one is inside of, once that mattered.
         self.around: list | None = None
@@ -143,8 +144,6 @@ class SparseOpt(WrapperOptimizer):
     References:
         Adnan et al., "SparseOpt", ICML 2026, arXiv 2605.27541.
     """
-
-    holds_masks = True
 
     def __init__(
         self,
@@ -260,9 +259,9 @@ class SparseOpt(WrapperOptimizer):
             for position, variable in enumerate(trained)
             if topology_of(variable) is None and not getattr(variable, "was_stripped", False)
         }
-        # Beside a weight that is sparse, few zeros tell of a mask, too.
+        # Beside a weight that is sparse, fewer zeros tell of a mask, too.
         is_sparse = self.weights or any(share > _FEW_ZEROS for _, share in without.values())
-        few = 0 if is_sparse else _FEW_ZEROS
+        few = _FEW_BESIDE if is_sparse else _FEW_ZEROS
         for position, (zeros, scattered) in without.items():
             variable = trained[position]
             entry = self._state.saved[told[position]] if position in told else None
@@ -810,7 +809,10 @@ class SparseOpt(WrapperOptimizer):
 
     def save_own_variables(self, store):
         weights = self.weights
-        about = [{**w.topology.get_config(), "attached": w.topology.is_attached} for w in weights]
+        about = [
+            {**w.topology.get_config(), "attached": w.topology.is_attached, "index": w.index}
+            for w in weights
+        ]
         store["weights"] = np.frombuffer(json.dumps(about).encode(), "uint8")
         store["mask_change"] = host(self.mask_change) if self.built else np.float32(0)
         for at, weight in enumerate(weights):
@@ -850,6 +852,7 @@ class SparseOpt(WrapperOptimizer):
                 self._load_mask(topology, store, at)
         weights = self.weights
         found = matching(saved, [weight.variable for weight in weights])
+        self._number_as_saved(weights, {position: saved[at] for position, at in found.items()})
         missing = [
             weight.topology.name
             for position, weight in enumerate(weights)
@@ -864,6 +867,15 @@ class SparseOpt(WrapperOptimizer):
                 stacklevel=2,
             )
 
+    def _number_as_saved(self, weights, entries):
+        """Random growth goes by a weight's number: that of a weight that has come later goes on."""
+        taken = {entry["index"] for entry in entries.values()}
+        for position, weight in enumerate(weights):
+            if position in entries:
+                weight.index = entries[position]["index"]
+            elif weight.index in taken:
+                weight.index = 1 + max([*taken, *(w.index for w in weights)])
+
     def _load_weight(self, weight, store, at):
         """Take over what was saved of a weight; whether it fits, where the weight has come before.
 
@@ -875,7 +887,8 @@ class SparseOpt(WrapperOptimizer):
         explored = topology.form.bits_from_weights(np.asarray(store[f"{at}_explored"]))
         weight.explored.assign(explored)
         weight.budget.assign(store[f"{at}_budget"])
-        topology.settle()
+        if topology.is_open or topology.is_led or not keras_internals.is_loading():
+            topology.settle()  # else weights come, too, perhaps only after their optimizer
         self.follow(topology, explores=False)
         return True
 
