@@ -59,6 +59,40 @@ def build_shapes(layer):
     return layer._build_shapes_dict
 
 
+# What stands for sizes that are not known, one after the other: a layer may not take all.
+_EXAMPLE_BATCH, _EXAMPLE_SIZES = 3, (8, 32, 128)
+
+
+def with_example_inputs(layer, look):
+    """What can be seen in one call of a layer or model with made-up inputs.
+
+    Args:
+        layer: Keras layer.
+        look: Function of a function and its argument, a structure of `keras.KerasTensor`s without
+            unknown sizes: the call.
+
+    Returns:
+        What `look` returns; `None` if the layer's inputs are not known, or its own code fails.
+    """
+    inputs = example_inputs(layer)
+    tensors = keras.tree.flatten(inputs)
+    is_known = all(None not in tensor.shape[1:] for tensor in tensors)
+    for size in () if inputs is None else _EXAMPLE_SIZES[: 1 if is_known else None]:
+        examples = keras.tree.map_structure(lambda x: _example(x, size), inputs)  # noqa: B023
+        try:
+            return look(lambda arrays: call_by_name(layer, arrays), examples)
+        except Exception:  # the layer's own code may fail on made-up inputs in any way
+            continue
+    return None
+
+
+def _example(tensor, size):
+    shape = [size if known is None else known for known in tensor.shape]
+    if shape and tensor.shape[0] is None:
+        shape[0] = _EXAMPLE_BATCH
+    return keras.KerasTensor(tuple(shape), tensor.dtype)
+
+
 def example_inputs(layer):
     """What a layer or model can be called with, as `keras.KerasTensor`s by argument name.
 
@@ -290,6 +324,11 @@ def extend_step(optimizer, then):
 def changed_steps(optimizer):
     """Which of the methods that make a step an optimizer has got anew: set of names."""
     return {"apply", *_STEPS} & vars(optimizer).keys()
+
+
+def quantized_layers(model):
+    """The layers whose kernel Keras' `quantize` has replaced."""
+    return [layer for layer in all_layers(model) if getattr(layer, "quantization_mode", None)]
 
 
 def averages(optimizer):

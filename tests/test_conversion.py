@@ -1,3 +1,5 @@
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -492,3 +494,46 @@ def test_keras_applications_become_sparse(name):
     assert sum(row["active_weights"] for row in masked) == round(0.1 * weights)
     assert all(row["dense_because"] == "depthwise" for row in rows if row not in masked)
     assert weights > 0.9 * sum(int(np.prod(w.shape)) for w in model.trainable_weights)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_what_feeds_a_normalization_is_the_same_on_all_backends(name, monkeypatch):
+    """Their position embeddings take no length that is unknown (JAX), or above 16."""
+    monkeypatch.setenv("KAGGLEHUB_CACHE", os.devnull)
+    models = pytest.importorskip("keras_hub", exc_type=ImportError).models
+    sizes = dict(
+        vocabulary_size=20, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16,
+        max_sequence_length=16,
+    )  # fmt: skip
+    model = {"bert": models.BertBackbone, "gpt2": models.GPT2Backbone}[name](**sizes)
+    kso.sparsify(model, 0.5)
+    corrected = [w.topology.name for w in kso.sparse_weights(model) if w.topology.skew_correction]
+    attention = {"bert": "self_attention_layer", "gpt2": "self_attention"}[name]
+    assert corrected == [
+        f"transformer_layer_0/{attention}/attention_output",
+        "transformer_layer_0/feedforward_output_dense",
+    ]
+
+
+def test_sizes_are_tried_until_a_model_takes_one():
+    """A valid convolution of width 9, stride 2, twice: eight positions are too few."""
+
+    class Inner(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.norm = layers.LayerNormalization()  # held before what feeds it
+            self.first, self.second = (layers.Conv1D(4, 9, strides=2) for _ in range(2))
+
+        def build(self, shape):
+            self.first.build(shape)
+            self.second.build((*shape[:-1], 4))
+            self.norm.build((*shape[:-1], 4))
+
+        def call(self, x):
+            return self.norm(self.second(self.first(x)))
+
+    inputs = keras.Input((None, 3))
+    model = keras.Model(inputs, layers.Dense(2)(Inner()(inputs)))
+    kso.sparsify(model, 0.5)
+    first, second = kso.sparse_weights(model)[:2]
+    assert (first.topology.skew_correction, second.topology.skew_correction) == (False, True)

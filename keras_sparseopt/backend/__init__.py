@@ -6,7 +6,7 @@
 | how is a function compiled, what may it donate | `compiled`, `not_compiled`, `freed`, `gradient_function`, `without_gradients` |
 | does a compiled step share variables, or know those of its state only | `STEPS_SHARE_VARIABLES`, `Tap`, `Seen` |
 | how are rows gathered, is a transposed tensor a view | `rows_at`, `TRANSPOSES_ARE_VIEWS` |
-| was a variable written past Keras | `num_writes` |
+| was a variable written past Keras, is its memory its own | `num_writes`, `unshare` |
 | what do random generators outside of layers hold | `generator_states`, `set_generator_states` |
 | what do a model's operations do with its weights | `products_of` |
 | which devices are there, what can train on them, what do they hold | `resolve`, `check_…`, `needs_own_loop`, `fit_in_own_loop`, `worker_index`, `colocated_scope`, `strategy_scope`, `copies_of_shards`, `of_all_workers`, `share_statistics`, `summed_over_replicas`, `num_replicas` |

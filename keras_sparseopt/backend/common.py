@@ -61,6 +61,13 @@ def not_compiled(function):
     return function
 
 
+def unshare(variables):
+    """Give variables memory of their own, where what was assigned may be another one's.
+
+    It never is here.
+    """
+
+
 def num_writes(variable):
     """Which memory a variable has, and how often it was written; `None` where nobody counts."""
     return None
@@ -199,14 +206,6 @@ class Product:
         neurons = trace.union(staying)
         inputs = trace.union(summed) - neurons
         return cls(trace.variable, tuple(sorted(inputs)), tuple(sorted(neurons)))
-
-
-def example_shape(shape, batch=3, other=8):
-    """A shape without unknown sizes."""
-    known = [other if size is None else size for size in shape]
-    if known and shape[0] is None:
-        known[0] = batch
-    return tuple(known)
 
 
 class Products:

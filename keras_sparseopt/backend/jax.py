@@ -14,7 +14,6 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Products,
     Trace,
     as_uint32,
-    example_shape,
     function_of_values,
     generator_states,
     gradient_function_by,
@@ -164,6 +163,15 @@ class Seen:
         return arrived
 
 
+def unshare(variables):
+    """Give variables memory of their own, where what was assigned may be another one's.
+
+    A compiled step may give the memory of one away while the other refers to it.
+    """
+    for variable in variables:
+        variable.assign(jax.numpy.copy(variable.value))
+
+
 def num_replicas(optimizer):
     """How many replicas compute their own gradients: a step here is one for all devices."""
     return 1
@@ -237,7 +245,7 @@ def products_of(call, inputs, variables):
 
     Args:
         call: Function of the inputs.
-        inputs: Structure of `keras.KerasTensor`s.
+        inputs: Structure of `keras.KerasTensor`s without unknown sizes.
         variables: List of Keras variables.
 
     Returns:
@@ -245,7 +253,7 @@ def products_of(call, inputs, variables):
     """
 
     def shaped(x):
-        return jax.ShapeDtypeStruct(example_shape(x.shape), x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     values = [jax.ShapeDtypeStruct(tuple(v.shape), v.dtype) for v in variables]
     arrays = keras.tree.map_structure(shaped, inputs)

@@ -15,13 +15,13 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Products,
     Trace,
     as_uint32,
-    example_shape,
     function_of_values,
     generator_states,
     gradient_function_by,
     not_compiled,
     num_writes,
     set_generator_states,
+    unshare,
     without_gradients,
 )
 from keras_sparseopt.backend.tensorflow_loop import (
@@ -381,7 +381,7 @@ def products_of(call, inputs, variables):
 
     Args:
         call: Function of the inputs.
-        inputs: Structure of `keras.KerasTensor`s.
+        inputs: Structure of `keras.KerasTensor`s without unknown sizes.
         variables: List of Keras variables.
 
     Returns:
@@ -389,7 +389,7 @@ def products_of(call, inputs, variables):
     """
 
     def spec(x):
-        return tf.TensorSpec(example_shape(x.shape), x.dtype)
+        return tf.TensorSpec(x.shape, x.dtype)
 
     values = [tf.TensorSpec(tuple(v.shape), v.dtype) for v in variables]
     arrays = keras.tree.map_structure(spec, inputs)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from keras_sparseopt.backend.common import (
+from keras_sparseopt.backend.common import (  # noqa: F401
     Devices,
     Products,
     Trace,
-    example_shape,
     function_of_values,
     gradient_function_by,
+    unshare,
 )
 from keras_sparseopt.backend.without_strategies import (  # noqa: F401
     Tap,
@@ -309,7 +309,7 @@ def products_of(call, inputs, variables):
 
     Args:
         call: Function of the inputs.
-        inputs: Structure of `keras.KerasTensor`s.
+        inputs: Structure of `keras.KerasTensor`s without unknown sizes.
         variables: List of Keras variables.
 
     Returns:
@@ -317,7 +317,7 @@ def products_of(call, inputs, variables):
     """
 
     def example(x):
-        return keras.ops.zeros(example_shape(x.shape), x.dtype)
+        return keras.ops.zeros(x.shape, x.dtype)
 
     values = [variable.value.detach() for variable in variables]
     structure = keras.tree.map_structure(example, inputs)

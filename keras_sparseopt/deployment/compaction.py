@@ -12,7 +12,12 @@ from keras import layers
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.deployment.convert import example_inputs
-from keras_sparseopt.deployment.copies import check_same, outputs_of, plain_copy
+from keras_sparseopt.deployment.copies import (
+    check_not_quantized,
+    check_same,
+    outputs_of,
+    plain_copy,
+)
 from keras_sparseopt.models.conversion import check_built
 from keras_sparseopt.models.kernels import CONVOLUTIONS, DEPTHWISE
 
@@ -90,8 +95,8 @@ def compact(model: keras.Model, inputs: Any = None) -> CompactedModel:
 
     Raises:
         TypeError: If `model` is not a Keras model.
-        ValueError: If the model is no Functional or Sequential one, if Keras cannot copy it, or if
-            the copy computes something else. It has not changed.
+        ValueError: If the model is no Functional or Sequential one or is quantized, if Keras cannot
+            copy it, or if the copy computes something else. It has not changed.
 
     Example:
 
@@ -114,6 +119,7 @@ def compact(model: keras.Model, inputs: Any = None) -> CompactedModel:
             "`model` must be a Functional or Sequential model, whose graph can be read. "
             f"Received: {type(model).__name__} '{model.name}'"
         )
+    check_not_quantized(model)
     inputs = example_inputs(model, inputs, 2)
     copied = plain_copy(model)
     network = _Network(copied)
@@ -179,10 +185,12 @@ class _Network:
         unread = ~np.any([r.any(axis=(0, 2)) for r in rows], axis=0)
         foldable = np.all([self._can_fold(reader, c) for reader, c, _ in reading], axis=0)
         gone = unread | (dead & foldable)
+        stay = dead & ~gone
+        if stay.any():
+            self.kept[layer.name] = int(stay.sum()), "zero padding comes after them"
         if gone.all():
-            gone[0] = False  # a layer has one neuron at least
-        if (dead & ~gone).any():
-            self.kept[layer.name] = int((dead & ~gone).sum()), "zero padding comes after them"
+            gone[0] = False
+            self.kept[layer.name] = 1, "a layer has one neuron at least"
         if not gone.any():
             return False
         for (reader, c, positions), own in zip(reading, rows):

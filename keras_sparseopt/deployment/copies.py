@@ -29,6 +29,16 @@ def plain_copy(model):
         ) from error
 
 
+def check_not_quantized(model):
+    """Raise ValueError for a model with integer kernels, which Keras' `quantize` has made."""
+    names = [layer.name for layer in keras_internals.quantized_layers(model)]
+    if names:
+        raise ValueError(
+            "`model` must have float kernels: do this first, then quantize. Received: quantized "
+            f"layers {', '.join(names[:5])}"
+        )
+
+
 def plain_form(model):
     """The model itself, or a copy without masks of one that holds condensed weights."""
     layers = keras_internals.all_layers(model)

@@ -208,9 +208,8 @@ class StepCallback(keras.callbacks.Callback):
                 "then returned True. Make the train step again after it."
             )
         warnings.warn(
-            f"{type(self).__name__} does nothing at step {self.current_step}: the dense gradients "
-            "of all its weights are 0. No loss depends on them, or a layer gives 0 for all inputs "
-            "and lets no gradient through.",
+            f"{type(self).__name__} does nothing: the dense gradients of all its weights are 0. No "
+            "loss depends on them, or a layer gives 0 for all inputs and lets no gradient through.",
             stacklevel=2,
         )
 
@@ -374,6 +373,8 @@ class StepCallback(keras.callbacks.Callback):
         self.end()  # of a fit that was interrupted
         self.optimizer, self._run = None, self._new_run()
         optimizer = self._find_optimizer(model)
+        # A `CallbackList` of one's own may have none.
+        self.params: Any = {"epochs": 1, "steps": None} | (self.params or {})
         backend.check_fit(model, own_loop=self.params.get("own_loop", False))
         accumulation = optimizer.base_optimizer().gradient_accumulation_steps or 1
         self._check_interval(model.steps_per_execution, accumulation)

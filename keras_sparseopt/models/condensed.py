@@ -518,9 +518,10 @@ def change_form(variable, change, tiles, pattern, optimizers):
         optimizers: List of those that may have been built with it, plain ones too.
     """
     topology = variable.topology
-    before = [(optimizer, optimizer.let_go(variable)) for optimizer in topology.optimizers]
+    ours = topology.optimizers
     values = change(host(variable))
-    slots = [(slot, change(host(slot))) for _, state in before for slot in state.slots]
+    slots = [(s, change(host(s))) for o in ours for s in o.weight_of(variable).slots]
+    before = [(optimizer, optimizer.let_go(variable)) for optimizer in ours]
     for slot, value in slots:
         exchange_on_device(slot, value)
     exchange_on_device(variable, values, optimizers)

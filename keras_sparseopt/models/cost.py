@@ -14,6 +14,7 @@ import rich.markup
 import rich.table
 from keras import layers as keras_layers
 
+from keras_sparseopt import keras_internals
 from keras_sparseopt.backend import host
 from keras_sparseopt.models.condensed import layers_by_neuron
 from keras_sparseopt.models.condensing import why_masked
@@ -220,6 +221,9 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) ->
         if missed:
             named = ", ".join(f'"{path}"' for path in missed)
             lines.append(f"to mask these, too: include=[{named}]")
+    quantized = [layer.name for layer in keras_internals.quantized_layers(model)]
+    if quantized:
+        lines.append(f"quantized, their masks are gone: {', '.join(quantized)}")
     masked = [row for row in rows if row["form"]]
     stays = [f"{r['name']} ({r['masked_because']})" for r in masked if r["masked_because"]]
     if stays and any(row["form"] == "condensed" for row in masked):

@@ -151,14 +151,11 @@ class Following:
 
 def _call_order(model):
     """The layers in the order of their calls, inner ones first."""
-    inputs = keras_internals.example_inputs(model)
-    if inputs is None:
-        return keras_internals.all_layers(model)
-    try:
+
+    def look(call, inputs):
         with keras_internals.calls_recorded() as called:
-            keras_internals.symbolic_call(
-                lambda arrays: keras_internals.call_by_name(model, arrays), inputs
-            )
-    except Exception:  # the model's own code may fail on symbolic inputs in any way
-        return keras_internals.all_layers(model)
-    return [layer for layer, _ in called]
+            keras_internals.symbolic_call(call, inputs)
+        return [layer for layer, _ in called]
+
+    called = keras_internals.with_example_inputs(model, look)
+    return keras_internals.all_layers(model) if called is None else called

@@ -173,12 +173,7 @@ def _parts_of(model):
 
 
 def _products_in(owner, variables):
-    inputs = keras_internals.example_inputs(owner)
-    if inputs is None:
-        return []
-    try:
-        return backend.products_of(
-            lambda arrays: keras_internals.call_by_name(owner, arrays), inputs, variables
-        )
-    except Exception:  # the model's own code may fail on made-up inputs in any way
-        return []
+    def look(call, inputs):
+        return backend.products_of(call, inputs, variables)
+
+    return keras_internals.with_example_inputs(owner, look) or []

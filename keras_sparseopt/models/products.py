@@ -31,7 +31,8 @@ def equation_of(layer):
     if isinstance(layer, layers.Dense):
         return "...i,io->...o", ""
     if {*layer.kernel_size, *layer.strides, layer.groups} != {1}:
-        return None, "a convolution that is not 1×1, or has a stride or groups"
+        why = "has groups" if layer.groups > 1 else "is not 1×1, or has a stride"
+        return None, f"a convolution that {why}"
     if layer.data_format != "channels_last":
         return None, "channels come first"
     return "...i,io->...o", ""

@@ -432,12 +432,11 @@ class SparseOpt(WrapperOptimizer):
         """Forget a weight that is about to be stored in another form.
 
         Returns:
-            What `take_back` needs: a namespace, with `slots`.
+            What `take_back` needs.
         """
         weight, base = self.weight_of(variable), self.base_optimizer()
         key = keras_internals.variable_key(base, variable)
         return types.SimpleNamespace(
-            slots=weight.slots,
             recorded=self._state.slots.pop(key, []),
             explored=weight.topology.form.bits_of_weights(host(weight.explored)),
             budget=int(host(weight.budget)),
