@@ -75,9 +75,10 @@ def with_example_inputs(layer, look):
         What `look` returns; `None` if the layer's inputs are not known, or its own code fails.
     """
     inputs = example_inputs(layer)
-    tensors = keras.tree.flatten(inputs)
-    is_known = all(None not in tensor.shape[1:] for tensor in tensors)
-    for size in () if inputs is None else _EXAMPLE_SIZES[: 1 if is_known else None]:
+    if inputs is None:
+        return None
+    is_known = all(None not in tensor.shape[1:] for tensor in keras.tree.flatten(inputs))
+    for size in _EXAMPLE_SIZES[: 1 if is_known else None]:
         examples = keras.tree.map_structure(lambda x: _example(x, size), inputs)  # noqa: B023
         try:
             return look(lambda arrays: call_by_name(layer, arrays), examples)
