@@ -36,11 +36,12 @@ def test_all_backends_offer_the_same():
         "as_uint32": ["numbers"], "generator_states": [], "set_generator_states": ["states"],
         "not_compiled": None, "without_gradients": [], "num_writes": ["variable"],
     }  # fmt: skip
+    unshare = {"unshare": ["variables"]}  # JAX has its own
     alone = names_of(files / "without_strategies.py")
     of_jax = alone | names_of(files / "jax.py") | common
-    of_torch = alone | names_of(files / "torch.py")
+    of_torch = alone | names_of(files / "torch.py") | unshare
     of_tensorflow = names_of(files / "tensorflow.py") | names_of(files / "tensorflow_loop.py")
-    of_tensorflow |= common
+    of_tensorflow |= common | unshare
     inner = {"trains_with_several_workers", "tf_workers"}
     for others, own in ((of_tensorflow, inner), (of_torch, set())):
         for name, what in of_jax.items():
