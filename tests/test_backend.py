@@ -85,7 +85,7 @@ def test_products_are_found(how):
     """The oracle is what each line says of itself."""
     shapes = {"conv": (3, 3, 4, 8), "batched": (5, 4, 8)}
     variable = keras.Variable(np.ones(shapes.get(how, (4, 8)), "float32"))
-    x = keras.KerasTensor((None, 6, 6, 4) if how == "conv" else (None, 4))
+    x = keras.KerasTensor((3, 6, 6, 4) if how == "conv" else (3, 4))
     functions = {
         "matmul": lambda x: ops.matmul(x, variable),
         "einsum": lambda x: ops.einsum("bi,io->bo", x, variable),
@@ -112,5 +112,5 @@ def test_products_inside_of_loops_are_found():
     def loop(x):
         return ops.fori_loop(0, 3, lambda i, h: ops.tanh(ops.matmul(h, variable)), x)
 
-    found = backend.products_of(loop, keras.KerasTensor((None, 4)), [variable])
+    found = backend.products_of(loop, keras.KerasTensor((3, 4)), [variable])
     assert [(p.input_axes, p.neuron_axes) for p in found][:1] == [((0,), (1,))]

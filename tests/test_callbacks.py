@@ -323,7 +323,9 @@ def test_a_model_that_lets_no_gradient_through_is_told(callback):
     model = compiled(keras.Model(inputs, 0 * inner(inputs)), sgd())
     before = masks_of(model)
     x, y = data(12)
-    with pytest.warns(UserWarning, match="does nothing: the dense gradients of all its weights are 0"):
+    with pytest.warns(
+        UserWarning, match="does nothing: the dense gradients of all its weights are 0"
+    ):
         model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
     assert all(np.array_equal(a, b) for a, b in zip(before, masks_of(model)))
 
