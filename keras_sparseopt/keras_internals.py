@@ -79,9 +79,9 @@ def with_example_inputs(layer, look):
         return None
     is_known = all(None not in tensor.shape[1:] for tensor in keras.tree.flatten(inputs))
     for size in _EXAMPLE_SIZES[: 1 if is_known else None]:
-        examples = keras.tree.map_structure(lambda x: _example(x, size), inputs)  # noqa: B023
+        examples = keras.tree.map_structure(functools.partial(_example, size=size), inputs)
         try:
-            return look(lambda arrays: call_by_name(layer, arrays), examples)
+            return look(functools.partial(call_by_name, layer), examples)
         except Exception:  # the layer's own code may fail on made-up inputs in any way
             continue
     return None

@@ -199,3 +199,17 @@ def test_wrong_models():
     own.build((None, 3))
     with pytest.raises(ValueError, match="must be a Functional or Sequential model.*Received: Own"):
         kso.compact(own)
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_why_a_layer_keeps_one_neuron(is_dead):
+    """All are dead, or nobody reads them."""
+    model = sequential((4,), layers.Dense(3, "relu", name="a"), layers.Dense(2, name="head"))
+    kill(model.get_layer("a"), *(range(3) if is_dead else ()))
+    if not is_dead:
+        head = model.get_layer("head")
+        head.kernel.assign(0 * head.kernel)
+    found = kso.compact(model)
+    assert found.removed == {"a": (3, 1)}
+    dead = {"a": (1, "a layer has one neuron at least")}
+    assert found.kept == (dead if is_dead else {"head": (2, "it is an output")})

@@ -185,12 +185,11 @@ class _Network:
         unread = ~np.any([r.any(axis=(0, 2)) for r in rows], axis=0)
         foldable = np.all([self._can_fold(reader, c) for reader, c, _ in reading], axis=0)
         gone = unread | (dead & foldable)
-        stay = dead & ~gone
-        if stay.any():
-            self.kept[layer.name] = int(stay.sum()), "zero padding comes after them"
+        why = "zero padding comes after them"
         if gone.all():
-            gone[0] = False
-            self.kept[layer.name] = 1, "a layer has one neuron at least"
+            gone[0], why = False, "a layer has one neuron at least"
+        if (dead & ~gone).any():
+            self.kept[layer.name] = int((dead & ~gone).sum()), why
         if not gone.any():
             return False
         for (reader, c, positions), own in zip(reading, rows):

@@ -223,7 +223,7 @@ def summary(model: keras.Model, print_fn: Callable[[str], Any] | None = None) ->
             lines.append(f"to mask these, too: include=[{named}]")
     quantized = [layer.name for layer in keras_internals.quantized_layers(model)]
     if quantized:
-        lines.append(f"quantized, their masks are gone: {', '.join(quantized)}")
+        lines.append(f"quantized, without masks: {', '.join(quantized)}")
     masked = [row for row in rows if row["form"]]
     stays = [f"{r['name']} ({r['masked_because']})" for r in masked if r["masked_because"]]
     if stays and any(row["form"] == "condensed" for row in masked):
