@@ -107,6 +107,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.backup_dir = pathlib.Path(backup_dir)
         self.keep = keep
         self._history: dict[int, dict] = {}
+        self._histories_to_fill: list[keras.callbacks.History] = []
         self._reported: int | None = None
 
     @property
@@ -132,10 +133,14 @@ class BackupAndRestore(keras.callbacks.Callback):
                 "optimizer.build(variables) of each. "
                 f"Received: {[type(o).__name__ for o in optimizers_of(model) if not o.built]}"
             )
-        check_fit(model, own_loop=self.params.get("own_loop", False))
-        self._check_place()
+        # A `CallbackList` of one's own may have no parameters, and no history.
+        check_fit(model, own_loop=(self.params or {}).get("own_loop", False))
+        before, behind = keras_internals.callbacks_around(self)
+        self._check_nothing_acts(behind)
         self._check_writable()
-        self._history, self._history_restored, self._generators = {}, False, []
+        self._history, self._generators = {}, []
+        histories = [x for x in (*before, *behind) if isinstance(x, keras.callbacks.History)]
+        self._histories_to_fill = histories
         # Keras never takes back what a callback has set.
         keras_internals.set_initial_epoch(model, None)
         backup = self._newest(check=True)
@@ -176,14 +181,12 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _restore_history(self):
         # Not in `on_train_begin`: Keras' own History empties itself there, after us.
-        if self._history_restored:
-            return
-        self._history_restored = True
-        history = self.model.history
-        for epoch, logs in sorted(self._history.items()):
-            history.epoch.append(epoch)
-            for name, value in logs.items():
-                history.history.setdefault(name, []).append(value)
+        histories, self._histories_to_fill = self._histories_to_fill, []
+        for history in histories:
+            for epoch, logs in sorted(self._history.items()):
+                history.epoch.append(epoch)
+                for name, value in logs.items():
+                    history.history.setdefault(name, []).append(value)
 
     # ------------------------------------------------------------------ the state
 
@@ -251,8 +254,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         for old in done[self.keep :]:
             old.unlink()
 
-    def _check_place(self):
-        _, behind = keras_internals.callbacks_around(self)
+    def _check_nothing_acts(self, behind):
         names = [type(x).__name__ for x in behind if isinstance(x, StepCallback) and x.acts]
         if names:
             raise ValueError(

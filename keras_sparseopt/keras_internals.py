@@ -592,14 +592,22 @@ def forget_functions(model, also_of_inference):
         model.make_train_function(force=True)  # perhaps in the middle of `fit`
 
 
-def callbacks_around(callback):
-    """The callbacks before one in the list that calls it just now, and those behind it."""
+def list_of(callback):
+    """The `CallbackList` that calls a callback just now; `None` if none does."""
     for frame in _callers():
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
-            at = caller.callbacks.index(callback)
-            return caller.callbacks[:at], caller.callbacks[at + 1 :]
-    return [], []
+            return caller
+    return None
+
+
+def callbacks_around(callback):
+    """The callbacks before one in the list that calls it just now, and those behind it."""
+    calling = list_of(callback)
+    if calling is None:
+        return [], []
+    at = calling.callbacks.index(callback)
+    return calling.callbacks[:at], calling.callbacks[at + 1 :]
 
 
 def is_loading():
@@ -612,11 +620,12 @@ def is_called_by(function):
     return any(frame.f_code.co_name == function for frame in _callers())
 
 
-def told_once(model):
-    """Whether this was asked before in the same `fit`."""
-    history = model.history
-    told = getattr(history, "has_told", False)
-    history.has_told = True
+def told_once(callback):
+    """Whether this was asked before by a callback of the same list."""
+    calling = list_of(callback)
+    told = getattr(calling, "has_told", False)
+    if calling is not None:
+        calling.has_told = True
     return told
 
 

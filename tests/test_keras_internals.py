@@ -108,7 +108,6 @@ def test_training():
     assert internals.initial_epoch(model) == 2
     x, y = np.ones((4, 4), "float32"), np.ones((4, 3), "float32")
     assert model.fit(x, y, epochs=3, verbose=0).epoch == [2]
-    assert not internals.told_once(model) and internals.told_once(model)
     internals.steps_of(model)["a"] = 1
     assert internals.steps_of(model) == {"a": 1}
     callback = keras.callbacks.Callback()
@@ -174,14 +173,16 @@ def test_who_calls():
     class Look(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
             around = internals.callbacks_around(self)
-            seen.append([[x for x in part if isinstance(x, Look)] for part in around])
+            around = [[x for x in part if isinstance(x, Look)] for part in around]
+            seen.append((internals.told_once(self), *around))
 
     first, second = Look(), Look()
     model = functional()
     model.compile("sgd", "mse")
     model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0, callbacks=[first, second])
-    assert seen == [[[], [second]], [[first], []]]
-    assert internals.callbacks_around(first) == ([], [])
+    assert seen == [(False, [], [second]), (True, [first], [])]
+    assert internals.callbacks_around(first) == ([], []) and internals.list_of(first) is None
+    assert not internals.told_once(first) and not internals.told_once(first)
 
 
 def test_state_of_training_and_lora():

@@ -6,6 +6,7 @@ ends dense without a word.
 
 import ast
 import gc
+import shutil
 import warnings
 
 import keras
@@ -1491,18 +1492,36 @@ def test_matrices_of_layers_that_share_a_name_are_told_apart():
     assert np.array_equal(matrices[head.path.removesuffix("/kernel")].toarray(), array(head).T)
 
 
-def test_a_list_of_callbacks_of_ones_own():
-    model, rigl = prepared(), kso.RigL(2, 0.4, end_step=100)
-    callbacks = keras.callbacks.CallbackList([rigl], model=model)
+def test_a_list_of_callbacks_of_ones_own(tmp_path, capsys):
+    def train(model, until, **parameters):
+        backup = kso.BackupAndRestore(tmp_path)
+        given = [kso.RigL(2, 0.4, end_step=100), backup]
+        callbacks = keras.callbacks.CallbackList(given, model=model, **parameters)
+        first = backup.initial_epoch
+        callbacks.on_train_begin()
+        for epoch in range(first, until):
+            callbacks.on_epoch_begin(epoch)
+            for batch in range(4):
+                callbacks.on_train_batch_begin(batch)
+                model.train_on_batch(*xy(8))
+            callbacks.on_epoch_end(epoch)
+        callbacks.on_train_end()
+        return until - first
+
+    model = prepared()
     before = masks_of(model)
-    callbacks.on_train_begin()
-    callbacks.on_epoch_begin(0)
-    for batch in range(4):
-        callbacks.on_train_batch_begin(batch)
-        model.train_on_batch(*xy(8))
-    callbacks.on_epoch_end(0)
-    callbacks.on_train_end()
+    assert train(model, 1) == 1 and "have a mask" not in capsys.readouterr().out
     after = masks_of(model)
     assert not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert [a.sum() for a in before] == [a.sum() for a in after]
     assert_invariants(model)
+
+    # Resumed, with parameters and a history this time: Keras' own words, and those of the epoch
+    # before.
+    resumed, reference = prepared(), prepared()
+    assert train(resumed, 2, epochs=2, steps=4, verbose=1, add_history=True) == 1
+    assert resumed.history.epoch[0] == 0 and "have a mask" in capsys.readouterr().out
+    shutil.rmtree(tmp_path)
+    assert train(reference, 2) == 2
+    for a, b in zip(masks_of(resumed), masks_of(reference), strict=True):
+        assert np.array_equal(a, b)

@@ -445,7 +445,7 @@ class StepCallback(keras.callbacks.Callback):
         self._tell_what_is_sparse(model)
 
     def _tell_what_is_sparse(self, model):
-        if not self.params.get("verbose") or keras_internals.told_once(model):
+        if not self.params.get("verbose") or keras_internals.told_once(self):
             return
         masked, total, dense = masked_share(model)
         text = f"{masked / total:.1%} of the {total:,} kernel weights have a mask"

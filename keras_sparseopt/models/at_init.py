@@ -15,7 +15,7 @@ from keras_sparseopt.models.conversion import (
     check_something,
     maskable,
     structures_of,
-    warn_of_dense,
+    warn_of_uncovered,
 )
 from keras_sparseopt.models.pruning import best, check_finite, ranked_together
 from keras_sparseopt.progress import Verbose, check_verbose, progress
@@ -125,8 +125,7 @@ def prune_at_init(
         bar.add(1)
         found = _best(kernels, structures, scores, sparsity)
     attach_all(model, kernels, found, skew_correction, structures)
-    counts = [np.count_nonzero(mask) for mask in found]
-    warn_of_dense(model, kernels, counts, structures, exclude, distribution=None)
+    warn_of_uncovered(model, exclude)
     return model
 
 

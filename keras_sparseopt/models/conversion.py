@@ -142,7 +142,8 @@ def sparsify(
             "with keras_sparseopt.GMP.",
             stacklevel=2,
         )
-    warn_of_dense(model, kernels, counts, structures, exclude, distribution)
+    warn_of_too_coarse(kernels, counts, structures)
+    warn_of_uncovered(model, exclude, distribution)
     return model
 
 
@@ -180,14 +181,12 @@ def _differs_from_start(layer, name, value):
     return "norm" in type(layer).__name__.lower() and bool((value != value.flat[0]).any())
 
 
-def warn_of_dense(model, kernels, counts, structures, exclude, distribution):
-    """Warn of weights that stay dense, or most of them.
+def warn_of_too_coarse(kernels, counts, structures):
+    """Warn of weights that a structure leaves dense, for its units are too large for them.
 
     Args:
-        model: Keras model.
         kernels, counts: Lists of `Kernel`s and of ints, the active weights that each should have.
         structures: Dict, what `structures_of` returns.
-        exclude, distribution: As in `sparsify`: what they leave without a mask is meant so.
     """
     for kernel, count in zip(kernels, counts):
         structure = structures[id(kernel.variable)]
@@ -199,6 +198,10 @@ def warn_of_dense(model, kernels, counts, structures, exclude, distribution):
                 "it another structure by a rule.",
                 stacklevel=3,
             )
+
+
+def warn_of_uncovered(model, exclude, distribution=None):
+    """Warn if most weights have no mask, unless `exclude` or `distribution` mean it so."""
     masked, total, dense = masked_share(model)
     is_meant = is_given(exclude) or isinstance(distribution, dict)
     if not is_meant and masked < total / 2:

@@ -18,7 +18,8 @@ from keras_sparseopt.models.conversion import (
     check_something,
     maskable,
     structures_of,
-    warn_of_dense,
+    warn_of_too_coarse,
+    warn_of_uncovered,
 )
 from keras_sparseopt.models.kernels import CONVOLUTIONS
 from keras_sparseopt.models.products import Letters, windows_of
@@ -142,7 +143,8 @@ def prune(
         counts = ranked_together(kernels, structures, scores, sparsity)
     found = best(kernels, structures, scores, counts)
     attach_all(model, kernels, found, skew_correction, structures)
-    warn_of_dense(model, kernels, counts, structures, exclude, distribution)
+    warn_of_too_coarse(kernels, counts, structures)
+    warn_of_uncovered(model, exclude, distribution)
     return model
 
 
