@@ -7,6 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from helpers import array
 from keras import ops
 
 import keras_sparseopt
@@ -36,12 +37,12 @@ def test_all_backends_offer_the_same():
         "as_uint32": ["numbers"], "generator_states": [], "set_generator_states": ["states"],
         "not_compiled": None, "without_gradients": [], "num_writes": ["variable"],
     }  # fmt: skip
-    unshare = {"unshare": ["variables"]}  # JAX has its own
+    own_in_jax = {"unshare": ["variables"], "settled": ["array"]}
     alone = names_of(files / "without_strategies.py")
     of_jax = alone | names_of(files / "jax.py") | common
-    of_torch = alone | names_of(files / "torch.py") | unshare
+    of_torch = alone | names_of(files / "torch.py") | own_in_jax
     of_tensorflow = names_of(files / "tensorflow.py") | names_of(files / "tensorflow_loop.py")
-    of_tensorflow |= common | unshare
+    of_tensorflow |= common | own_in_jax
     inner = {"trains_with_several_workers", "tf_workers"}
     for others, own in ((of_tensorflow, inner), (of_torch, set())):
         for name, what in of_jax.items():
@@ -114,3 +115,40 @@ def test_products_inside_of_loops_are_found():
 
     found = backend.products_of(loop, keras.KerasTensor((3, 4)), [variable])
     assert [(p.input_axes, p.neuron_axes) for p in found][:1] == [((0,), (1,))]
+
+
+def test_what_is_settled_stays_what_it_is():
+    x = np.arange(6, dtype="float32").reshape(2, 3)
+
+    def twice(x):
+        return 2 * backend.settled(ops.transpose(backend.settled(x)))
+
+    x = ops.convert_to_tensor(x)
+    assert np.array_equal(array(twice(x)), 2 * array(x).T)
+    assert np.array_equal(array(backend.compiled(twice)(x)), 2 * array(x).T)
+
+
+@pytest.mark.backend("jax")
+def test_what_is_settled_lies_in_the_order_of_its_axes():
+    """In programs for one CPU; what cannot be in an exported one is not in it."""
+    import jax
+
+    def cubed(x):
+        return backend.settled(backend.settled(x).T) ** 3
+
+    def program(function):
+        return jax.jit(function).lower(x).as_text()
+
+    x = jax.numpy.arange(6.0).reshape(2, 3)
+    gradient = jax.grad(lambda x: cubed(x).sum())
+    for function, number in ((cubed, 2), (gradient, 4)):
+        assert program(function).count("@LayoutConstraint") == number
+        assert program(function).count("optimization_barrier") == number
+    exported = jax.export.export(jax.jit(cubed))(x)
+    assert "LayoutConstraint" not in exported.mlir_module()
+    assert np.array_equal(jax.export.deserialize(exported.serialize()).call(x), cubed(x))
+    assert np.array_equal(jax.jit(jax.vmap(cubed))(x[None])[0], cubed(x))
+    np.testing.assert_allclose(jax.jit(gradient)(x), 3 * x**2)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: gradient(x).sum()))(x), 6 * x)
+    _, tangent = jax.jit(lambda x: jax.jvp(cubed, (x,), (x,)))(x)
+    np.testing.assert_allclose(tangent, 3 * x.T**3)

@@ -61,6 +61,14 @@ def not_compiled(function):
     return function
 
 
+def settled(array):
+    """An array that is in memory, in the order of its axes, before anything reads it.
+
+    Elsewhere than in XLA it is, or it need not be.
+    """
+    return array
+
+
 def unshare(variables):
     """Give variables memory of their own, where what was assigned may be another one's.
 

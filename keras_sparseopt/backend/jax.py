@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from keras import ops
 
 from keras_sparseopt.backend.common import (  # noqa: F401
@@ -39,8 +42,7 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 )
 
 STEPS_SHARE_VARIABLES = False
-# XLA lays arrays out by itself.
-TRANSPOSES_ARE_VIEWS = False
+PRODUCTS_ARE_COLUMNS = True
 
 
 def is_traced(*arrays):
@@ -51,6 +53,40 @@ def is_traced(*arrays):
 def rows_at(array, indices):
     """The rows of an array at indices that are valid: nothing looks whether they are."""
     return jax.numpy.take(array, indices, axis=0, mode="clip")
+
+
+_settle = Primitive("settled")
+_settle.def_impl(lambda array: array)
+_settle.def_abstract_eval(lambda shape: shape)
+ad.deflinear2(_settle, lambda gradient, _: [_settle.bind(gradient)])
+batching.defvectorized(_settle)
+
+
+def settled(array):
+    """An array that is in memory, in the order of its axes, before anything reads it.
+
+    XLA takes a transposition for a layout, so that gathers of its rows have strides; or it makes
+    it, and an activation before it, anew in every loop that reads it. On a CPU both together took
+    a third of the time of a condensed transformer's step.
+    """
+    return _settle.bind(array) if is_traced(array) else array
+
+
+def _lowered(context, array):
+    module = context.module_context
+    is_alone = getattr(module.axis_context, "num_devices", 1) == 1  # else all would be gathered
+    is_exported = module.lowering_parameters.for_export  # a layout cannot be
+    if is_exported or not is_alone or tuple(module.platforms) != ("cpu",):
+        return [array]
+    return mlir.lower_fun(_laid_out, multiple_results=False)(context, array)
+
+
+def _laid_out(array):
+    layout = Layout(tuple(range(array.ndim)))
+    return jax.lax.optimization_barrier(with_layout_constraint(array, layout))
+
+
+mlir.register_lowering(_settle, _lowered)
 
 
 def are_on_host(variables):
@@ -235,7 +271,7 @@ _ELEMENTWISE = frozenset(
     "add add_any sub mul div neg sign abs exp log tanh logistic sqrt rsqrt cbrt square integer_pow "
     "pow max min clamp convert_element_type copy copy_p select_n stop_gradient reduce_precision "
     "sharding_constraint optimization_barrier erf sin cos slice rev dynamic_slice concatenate "
-    "pad".split()
+    "pad settled".split()
 )
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 

@@ -21,6 +21,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     not_compiled,
     num_writes,
     set_generator_states,
+    settled,
     unshare,
     without_gradients,
 )
@@ -37,7 +38,7 @@ __all__ = ["copies_of_shards", "fit_in_own_loop", "of_all_workers", "share_stati
 
 STEPS_SHARE_VARIABLES = True
 # A transposed tensor is written anew.
-TRANSPOSES_ARE_VIEWS = False
+PRODUCTS_ARE_COLUMNS = False
 
 
 def is_traced(*arrays):

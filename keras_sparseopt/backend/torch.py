@@ -16,6 +16,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Trace,
     function_of_values,
     gradient_function_by,
+    settled,
     unshare,
 )
 from keras_sparseopt.backend.without_strategies import (  # noqa: F401
@@ -34,7 +35,7 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 
 STEPS_SHARE_VARIABLES = True
 # A transposed tensor is the same memory, which goes on from layer to layer.
-TRANSPOSES_ARE_VIEWS = True
+PRODUCTS_ARE_COLUMNS = True
 
 
 class _Inside(threading.local):

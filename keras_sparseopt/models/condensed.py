@@ -33,13 +33,13 @@ def multiply(columns, values, pattern, as_columns=False):
         columns: Tensor (inputs, rows), the rows transposed: whole rows of it are gathered.
         values: Tensor (groups, tiles · inputs of a tile, neurons).
         pattern: Int tensor (groups, tiles).
-        as_columns: Bool, whether who reads the outputs would rather have them in memory as columns.
+        as_columns: Bool, whether the outputs may be computed as columns, too, where that is faster.
 
     Returns:
         Tensor (rows, groups · neurons).
     """
     gathered = _gathered(columns, pattern, values.shape[1] // pattern.shape[1])
-    return _by_group(gathered, values, as_columns and backend.TRANSPOSES_ARE_VIEWS)
+    return _by_group(gathered, values, as_columns and backend.PRODUCTS_ARE_COLUMNS)
 
 
 def convolve(planes, values, pattern, windows):
@@ -74,9 +74,14 @@ def _by_group(gathered, values, as_columns=False):
     groups, _, width = values.shape
     if as_columns:
         products = ops.matmul(ops.transpose(values, (0, 2, 1)), gathered)
-        return ops.transpose(ops.reshape(products, (groups * width, -1)))
+        return _transposed(ops.reshape(products, (groups * width, -1)), (1, 0))
     products = ops.matmul(ops.transpose(gathered, (0, 2, 1)), values)
-    return ops.reshape(ops.transpose(products, (1, 0, 2)), (-1, groups * width))
+    products = ops.transpose(products, (1, 0, 2))
+    return backend.settled(ops.reshape(products, (-1, groups * width)))
+
+
+def _transposed(array, order):
+    return backend.settled(ops.transpose(backend.settled(array), order))
 
 
 def dense_gradient(form, units, taps, gradient):
@@ -148,7 +153,7 @@ class CondensedLayer(keras.layers.Layer):
         sizes = dict(zip(letters.given, ops.shape(inputs)))
         sizes |= letters.kernel_sizes(self.kernel_shape)
         order = letters.summed + letters.rows
-        columns = ops.transpose(inputs, [letters.given.index(letter) for letter in order])
+        columns = _transposed(inputs, [letters.given.index(letter) for letter in order])
         columns = ops.reshape(columns, (math.prod(sizes[x] for x in letters.summed), -1))
         outputs = self.product(columns)
         order = letters.rows + letters.neurons
@@ -276,7 +281,7 @@ class TiledConvolution(Tiled):
         last, form = self.data_format == "channels_last", self._kernel.topology.form
         channels = self.rank + 1 if last else 1
         spatial = [axis for axis in range(1, self.rank + 2) if axis != channels]
-        planes = ops.transpose(inputs, (channels, *spatial, 0))
+        planes = _transposed(inputs, (channels, *spatial, 0))
         padding, lengths, windows = windows_of(self, ops.shape(planes)[1:-1])
         if form.padding or any(map(any, padding)):
             planes = ops.pad(planes, [[0, form.padding], *padding, [0, 0]])
@@ -286,7 +291,7 @@ class TiledConvolution(Tiled):
         batch, neurons = self.rank, self.rank + 1
         positions = range(self.rank)
         order = (batch, *positions, neurons) if last else (batch, neurons, *positions)
-        return ops.transpose(outputs, order)
+        return _transposed(outputs, order)
 
     def shaped_bias(self):
         if self.data_format == "channels_last":
