@@ -219,7 +219,7 @@ def time_layer(case, seconds, backward):
     import numpy as np
     from keras import ops
 
-    from keras_sparseopt.models.condensed import multiply
+    from keras_sparseopt.models.condensed import multiply, transposed
 
     x, kernel, values, pattern = layer_arrays(*case)
     factor = np.random.default_rng(1).normal(size=(x.shape[0], kernel.shape[1]))
@@ -229,7 +229,7 @@ def time_layer(case, seconds, backward):
         return ops.matmul(x, kernel) * factor
 
     def sparse(x, values):
-        return multiply(ops.transpose(x), values, pattern, as_columns=True) * factor
+        return multiply(transposed(x, (1, 0)), values, pattern, as_columns=True) * factor
 
     found = []
     for function, stored in ((dense, kernel), (sparse, values)):
@@ -291,13 +291,13 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
             found = fit(model, kind[0])
             if turn:  # the first one compiles
                 times[kind].append(found)
-    medians = {kind: statistics.median(own) for kind, own in times.items()}
-    dense = min(t for (own, _), t in medians.items() if own is None)
-    sparse = min(t for (own, _), t in medians.items() if own is not None)
+    medians = [(statistics.median(own), *kind) for kind, own in times.items()]
+    dense, _, dense_jit = min(x for x in medians if x[1] is None)
+    sparse, _, sparse_jit = min(x for x in medians if x[1] is not None)
     share = bytes_of(models[-1]) / bytes_of(models[0])
     del models
     gc.collect()
-    return dense, sparse, share
+    return dense, sparse, {"bytes": share, "dense jit": dense_jit, "condensed jit": sparse_jit}
 
 
 def peak_of(name, batch, sparsity, tile, with_update):
@@ -378,9 +378,9 @@ def worker(args):
             tell(part, dict(zip(names, case)), *found)
     for case in STEPS if "step" in args.parts else ():
         if case[0].startswith(args.network):
-            dense, sparse, share = time_step(*case, args.rounds)
+            dense, sparse, more = time_step(*case, args.rounds)
             columns = "network", "batch", "sparsity", "tile", "steps"
-            tell("step", dict(zip(columns, case)), dense, sparse, bytes=share)
+            tell("step", dict(zip(columns, case)), dense, sparse, **more)
     for name, batch, sparsity, tile in MEMORY if "memory" in args.parts else ():
         if not name.startswith(args.network):
             continue
@@ -397,6 +397,13 @@ def worker(args):
         copy, update = time_update(args.seconds)
         case = {"inputs": 4096, "neurons": 4096, "sparsity": 0.9, "tile": (1, 64)}
         tell("update", case, copy, update, **{"update over copy": update / copy})
+
+
+CASE = "part", "backend", "network", "batch", "rows", "inputs", "neurons", "sparsity", "tile"
+
+
+def case_of(row):
+    return tuple(str(row.get(column)) for column in CASE)
 
 
 def main():
@@ -417,6 +424,7 @@ def main():
         worker(args)
         return
     rows = []
+    command = " ".join(["python benchmarks/train_faster.py", *sys.argv[1:]])
     for backend in args.backends:
         process = subprocess.Popen(
             [sys.executable, pathlib.Path(__file__), "--worker", *sys.argv[1:]],
@@ -424,8 +432,9 @@ def main():
         )  # fmt: skip
         for line in process.stdout:
             if line.startswith("{"):
-                today = datetime.date.today().isoformat()
-                rows.append({**json.loads(line), "date": today})  # parts may be measured one by one
+                # Parts may be measured one by one.
+                about = {"date": datetime.date.today().isoformat(), "command": command}
+                rows.append(json.loads(line) | about)
                 told = {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}
                 print(told, flush=True)
         if process.wait():
@@ -437,8 +446,8 @@ def main():
     path = RESULTS / "train_faster.json"
     if path.exists():  # what was not measured now stays
         old = json.loads(path.read_text())["rows"]
-        again = {(row["part"], row["backend"]) for row in rows}
-        rows = [row for row in old if (row["part"], row["backend"]) not in again] + rows
+        new = {case_of(row): row for row in rows}
+        rows = list(({case_of(row): row for row in old} | new).values())
     columns = list(dict.fromkeys(column for row in rows for column in row))
     rows = [{column: row.get(column) for column in columns} for row in rows]
     report("train_faster", rows, AIMS, both_backends=True)

@@ -43,6 +43,14 @@ def arguments(argv=None):
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps_per_epoch", type=int, help="shorter epochs, for trials")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--sparsities",
+        type=float,
+        nargs="+",
+        choices=SPARSITIES,
+        default=SPARSITIES,
+        help="which networks to train; the others stay as they are",
+    )
     parser.add_argument("--backup", default="runs", help="where the states of trainings go")
     parser.add_argument("--output", type=pathlib.Path, default=PAGE / "models")
     return parser.parse_args(argv)
@@ -52,6 +60,19 @@ def prepare(image, label):
     """Pixels from -1 to 1, as the page makes them, too."""
     image = tf.image.resize(tf.cast(image, tf.float32), (IMAGE_SIZE, IMAGE_SIZE))
     return image / 127.5 - 1.0, label
+
+
+def distribution(model, sparsity):
+    """Half way between uniform and ERK.
+
+    Uniform leaves the narrow early layers too few weights to learn with, ERK leaves them so many
+    that latency, which goes by their large images, suffers.
+    """
+    kinds = keras.layers.Conv2D, keras.layers.Dense
+    layers = [x for x in model.layers if isinstance(x, kinds) and x.name != "stem"]
+    shapes = [layer.kernel.shape for layer in layers]
+    both = zip(layers, kso.uniform(shapes, sparsity), kso.erk(shapes, sparsity))
+    return {layer.name: (uniform + erk) / 2 for layer, uniform, erk in both}
 
 
 def train(sparsity, args, data):
@@ -68,8 +89,7 @@ def train(sparsity, args, data):
     optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
     callbacks = []
     if sparsity:
-        # Uniform: latency goes by the zeros of the large early layers, which ERK would keep.
-        kso.sparsify(model, sparsity, "uniform", seed=args.seed)
+        kso.sparsify(model, None, distribution(model, sparsity), seed=args.seed)
         optimizer = kso.SparseOpt(optimizer)
         callbacks.append(kso.RigL(UPDATE_EVERY, DROP_FRACTION))
     model.compile(
@@ -104,7 +124,7 @@ def sample_images():
 def make(sparsity, args):
     """Trains one network and writes its file. Returns what is said of it in `models.json`."""
     # All threads of all networks together are as many as there are cores.
-    threads = max(1, os.cpu_count() // len(SPARSITIES))
+    threads = max(1, os.cpu_count() // len(args.sparsities))
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     model, results = train(sparsity, args, cifar_resnet.load("cifar10", args.data_dir))
@@ -118,6 +138,8 @@ def make(sparsity, args):
     print(f"{name}: test accuracy {results['test_accuracy']:.2%}\n{file}", flush=True)
     return {
         "name": name,
+        "command": command(args),
+        **facts(),
         "sparsity": sparsity,
         "file": file.path.name,
         "bytes": file.size,
@@ -130,19 +152,21 @@ def make(sparsity, args):
 def main(argv=None):
     args = arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    names, _ = sample_images()
+    index = args.output / "models.json"
+    kept = json.loads(index.read_text())["networks"] if index.exists() else []
+    networks = {network["sparsity"]: network for network in kept}
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(len(SPARSITIES), context) as pool:
-        networks = list(pool.map(functools.partial(make, args=args), SPARSITIES))
+    with concurrent.futures.ProcessPoolExecutor(len(args.sparsities), context) as pool:
+        made = pool.map(functools.partial(make, args=args), args.sparsities)
+        networks.update(zip(args.sparsities, made))
+    names, _ = sample_images()
     about = {
-        "command": command(args),
-        **facts(),
         "image_size": IMAGE_SIZE,
         "classes": CLASSES,
         "samples": names,
-        "networks": networks,
+        "networks": [networks[sparsity] for sparsity in SPARSITIES if sparsity in networks],
     }
-    (args.output / "models.json").write_text(json.dumps(about, indent=1) + "\n")
+    index.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def command(args):
@@ -150,6 +174,8 @@ def command(args):
     options = f"--epochs {args.epochs} --seed {args.seed}"
     if args.steps_per_epoch:
         options += f" --steps_per_epoch {args.steps_per_epoch}"
+    if args.sparsities != SPARSITIES:
+        options += " --sparsities " + " ".join(map(str, args.sparsities))
     return f"python examples/browser_models.py {options}"
 
 

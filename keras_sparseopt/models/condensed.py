@@ -74,13 +74,14 @@ def _by_group(gathered, values, as_columns=False):
     groups, _, width = values.shape
     if as_columns:
         products = ops.matmul(ops.transpose(values, (0, 2, 1)), gathered)
-        return _transposed(ops.reshape(products, (groups * width, -1)), (1, 0))
+        return transposed(ops.reshape(products, (groups * width, -1)), (1, 0))
     products = ops.matmul(ops.transpose(gathered, (0, 2, 1)), values)
     products = ops.transpose(products, (1, 0, 2))
     return backend.settled(ops.reshape(products, (-1, groups * width)))
 
 
-def _transposed(array, order):
+def transposed(array, order):
+    """An array with its axes in another order, in memory, too, where that is faster."""
     return backend.settled(ops.transpose(backend.settled(array), order))
 
 
@@ -153,7 +154,7 @@ class CondensedLayer(keras.layers.Layer):
         sizes = dict(zip(letters.given, ops.shape(inputs)))
         sizes |= letters.kernel_sizes(self.kernel_shape)
         order = letters.summed + letters.rows
-        columns = _transposed(inputs, [letters.given.index(letter) for letter in order])
+        columns = transposed(inputs, [letters.given.index(letter) for letter in order])
         columns = ops.reshape(columns, (math.prod(sizes[x] for x in letters.summed), -1))
         outputs = self.product(columns)
         order = letters.rows + letters.neurons
@@ -281,7 +282,7 @@ class TiledConvolution(Tiled):
         last, form = self.data_format == "channels_last", self._kernel.topology.form
         channels = self.rank + 1 if last else 1
         spatial = [axis for axis in range(1, self.rank + 2) if axis != channels]
-        planes = _transposed(inputs, (channels, *spatial, 0))
+        planes = transposed(inputs, (channels, *spatial, 0))
         padding, lengths, windows = windows_of(self, ops.shape(planes)[1:-1])
         if form.padding or any(map(any, padding)):
             planes = ops.pad(planes, [[0, form.padding], *padding, [0, 0]])
@@ -291,7 +292,7 @@ class TiledConvolution(Tiled):
         batch, neurons = self.rank, self.rank + 1
         positions = range(self.rank)
         order = (batch, *positions, neurons) if last else (batch, neurons, *positions)
-        return _transposed(outputs, order)
+        return transposed(outputs, order)
 
     def shaped_bias(self):
         if self.data_format == "channels_last":
