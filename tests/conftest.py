@@ -55,13 +55,13 @@ EXHAUSTIVE = {
         "*exported*", "*every_method*", "!*method[[]RigL]", "!*method[[]SET]", "!*method[[]SNFS]",
         "*every_optimizer*", "!*accumulation]", "*layer_computes*",
         "!*computes*[[]dense-*", "!*computes*[[]query*", "!*computes*[[]strides-*",
-        "*convolutions*", "!*convolutions*RigL]", "*nested_layers*[[]True]", "*mixed*",
+        "*convolutions*", "!*convolutions*RigL]", "*nested_layers*", "*mixed*",
         "*plain_model[[]keras]", "*plain_model[[]weights]", "*compiled_for_inference*",
         "*ways_back*", "*flow*[[]3]", "*loss_scale*", "*frozen_meanwhile*[[]False]",
         "*holds_on*[[]condense]", "*regularizers*",
         "*by_construction[[]*", "!*construction[[]dense]", "*killed*", "*reach_beyond*",
     ],
-    "test_packed.py": ["*goes_into_a_model*", "*small*", "*frozen*"],
+    "test_packed.py": ["*goes_into_a_model*", "*small*", "*frozen*", "*several_optimizers*"],
     "test_at_init.py": ["*any_model*"],
     "test_analysis.py": ["*flops_of_resnet50*"],
     "test_compaction.py": ["*"],
@@ -75,7 +75,7 @@ EXHAUSTIVE = {
     "test_structures.py": [
         "*move_compiled*", "!*compiled*[[]RigL]", "*from_files*", "*any_update*",
         "*every_method_keeps*", "!*structure[[]RigL]", "!*structure[[]GMP global]",
-        "*ablated_neurons[[]True]",
+        "*ablated_neurons[[]True]", "*the_logs*", "*weights_win*",
     ],
     "test_contract.py": [
         "*mixed_*", "!*RigL-mixed_float16-XLA*", "*of_optimizers*", "*eager*", "*situations*",
@@ -97,6 +97,7 @@ EXHAUSTIVE = {
         "*langevin*", "*noisy*", "*accumulation*", "!*accumulation[[]MEST]",
         "*instances_that_differ*",
     ],
+    "test_following.py": ["*killed*"],
     "test_pruning.py": ["*better_than_a_random*"],
     "test_optimizers.py": [
         "*trusted*", "!*trusted*[[]Adam-average]", "*stay_zero*", "!*zero[[]Muon]",
@@ -116,6 +117,21 @@ QUICK_ON_TORCH = [
         "optimizers",
         "saving",
         "torch",
+    )
+]
+
+
+# What asks little of a backend: `make test` runs it on TensorFlow alone.
+ONCE = [
+    f"test_{name}.py"
+    for name in (
+        "analysis",
+        "conversion",
+        "distributions",
+        "docs",
+        "errors",
+        "packed",
+        "pruning",
     )
 ]
 
@@ -140,10 +156,11 @@ def why_not_on_torch(item):
 
 
 def is_exhaustive(item):
-    if BACKEND == "torch" and item.path.name not in QUICK_ON_TORCH:
+    name = item.path.name
+    if (BACKEND == "torch" and name not in QUICK_ON_TORCH) or (BACKEND == "jax" and name in ONCE):
         return True
     chosen = False
-    for pattern in EXHAUSTIVE.get(item.path.name, ()):
+    for pattern in EXHAUSTIVE.get(name, ()):
         if fnmatch.fnmatchcase(item.name, pattern.removeprefix("!")):
             chosen = pattern[0] != "!"
     return chosen
