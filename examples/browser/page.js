@@ -36,6 +36,8 @@ const megabytes = (bytes) => `${(bytes / 1e6).toFixed(2)} MB`;
 
 // ---------------------------------------------------------------- images
 
+const made = ({command, date, versions, machine}) =>
+  `${command}, ${date}, Keras ${versions.keras}, ${machine}`;
 const draw = (source) => drawOn(context, source, about.image_size);
 
 async function fetched(url) {
@@ -212,8 +214,8 @@ async function start() {
   $('#classes').textContent = about.classes.join(', ');
   $('#rounds').textContent = ROUNDS;
   $('#about').textContent =
-    `The networks: ${about.command}, ${about.date}, Keras ${about.versions.keras}, ` +
-    `${about.machine}. One training each; another seed gives other accuracies.`;
+    `The networks: ${[...new Set(about.networks.map(made))].join('; ')}. ` +
+    'One training each; another seed gives other accuracies.';
 
   const bitmaps = await Promise.all(about.samples.map(loadSample));
   samples = bitmaps.map(draw);
