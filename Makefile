@@ -1,5 +1,5 @@
 # make demo: trains on digits and on text, beside dense training too, and draws pictures (about five minutes)
-# make test: lint, types and the tests on the TensorFlow, JAX and PyTorch backends (about twelve minutes)
+# make test: lint, types and the tests on the TensorFlow, JAX and PyTorch backends (about ten minutes)
 # make test-all: what `make test` leaves out: all combinations, models, drivers, examples
 # make docs: builds the documentation into docs/_build, and runs every example in it
 # make browser: serves the page that runs a dense and a sparse network side by side (needs npm)
