@@ -18,6 +18,11 @@ LITTLE_SLACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
+def command(name):
+    """The command that was given: `python benchmarks/<name>.py …`."""
+    return " ".join([f"python benchmarks/{name}.py", *sys.argv[1:]])
+
+
 def report(name, rows, aims, notes=(), both_backends=False):
     """Print the rows as a table and write them to `results/<name>[-<backend>].json`."""
     columns = list(rows[0])
@@ -30,7 +35,7 @@ def report(name, rows, aims, notes=(), both_backends=False):
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (name + ("" if both_backends else f"-{keras.backend.backend()}") + ".json")
     content = {
-        "command": " ".join([f"python benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": command(name),
         **facts(),
         "aims": list(aims),
         "notes": list(notes),

@@ -291,13 +291,14 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
             found = fit(model, kind[0])
             if turn:  # the first one compiles
                 times[kind].append(found)
-    medians = [(statistics.median(own), *kind) for kind, own in times.items()]
-    dense, _, dense_jit = min(x for x in medians if x[1] is None)
-    sparse, _, sparse_jit = min(x for x in medians if x[1] is not None)
+    medians = {kind: statistics.median(own) for kind, own in times.items()}
+    dense = min((kind for kind in kinds if kind[0] is None), key=medians.get)
+    sparse = min((kind for kind in kinds if kind[0] is not None), key=medians.get)
     share = bytes_of(models[-1]) / bytes_of(models[0])
     del models
     gc.collect()
-    return dense, sparse, {"bytes": share, "dense jit": dense_jit, "condensed jit": sparse_jit}
+    more = {"bytes": share, "dense jit": dense[1], "condensed jit": sparse[1]}
+    return medians[dense], medians[sparse], more
 
 
 def peak_of(name, batch, sparsity, tile, with_update):
@@ -424,7 +425,6 @@ def main():
         worker(args)
         return
     rows = []
-    command = " ".join(["python benchmarks/train_faster.py", *sys.argv[1:]])
     for backend in args.backends:
         process = subprocess.Popen(
             [sys.executable, pathlib.Path(__file__), "--worker", *sys.argv[1:]],
@@ -432,22 +432,21 @@ def main():
         )  # fmt: skip
         for line in process.stdout:
             if line.startswith("{"):
-                # Parts may be measured one by one.
-                about = {"date": datetime.date.today().isoformat(), "command": command}
-                rows.append(json.loads(line) | about)
+                today = datetime.date.today().isoformat()
+                rows.append({**json.loads(line), "date": today})  # parts may be measured one by one
                 told = {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}
                 print(told, flush=True)
         if process.wait():
             raise SystemExit(process.returncode)
     if args.no_file:
         return
-    from common import RESULTS, report
+    from common import RESULTS, command, report
 
+    rows = [row | {"command": command("train_faster")} for row in rows]
     path = RESULTS / "train_faster.json"
     if path.exists():  # what was not measured now stays
         old = json.loads(path.read_text())["rows"]
-        new = {case_of(row): row for row in rows}
-        rows = list(({case_of(row): row for row in old} | new).values())
+        rows = list({case_of(row): row for row in old + rows}.values())
     columns = list(dict.fromkeys(column for row in rows for column in row))
     rows = [{column: row.get(column) for column in columns} for row in rows]
     report("train_faster", rows, AIMS, both_backends=True)

@@ -152,6 +152,7 @@ def make(sparsity, args):
 def main(argv=None):
     args = arguments(argv)
     args.output.mkdir(parents=True, exist_ok=True)
+    names, _ = sample_images()
     index = args.output / "models.json"
     kept = json.loads(index.read_text())["networks"] if index.exists() else []
     networks = {network["sparsity"]: network for network in kept}
@@ -159,7 +160,6 @@ def main(argv=None):
     with concurrent.futures.ProcessPoolExecutor(len(args.sparsities), context) as pool:
         made = pool.map(functools.partial(make, args=args), args.sparsities)
         networks.update(zip(args.sparsities, made))
-    names, _ = sample_images()
     about = {
         "image_size": IMAGE_SIZE,
         "classes": CLASSES,

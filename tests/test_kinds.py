@@ -1516,8 +1516,7 @@ def test_a_list_of_callbacks_of_ones_own(tmp_path, capsys):
     assert [a.sum() for a in before] == [a.sum() for a in after]
     assert_invariants(model)
 
-    # Resumed, with parameters and a history this time: Keras' own words, and those of the epoch
-    # before.
+    # Resumed, this time with parameters and a history, which gets the epoch before, too.
     resumed, reference = prepared(), prepared()
     assert train(resumed, 2, epochs=2, steps=4, verbose=1, add_history=True) == 1
     assert resumed.history.epoch[0] == 0 and "have a mask" in capsys.readouterr().out

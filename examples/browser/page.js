@@ -33,11 +33,11 @@ function element(name, content = '', attributes = {}) {
 
 const percent = (part, digits = 1) => `${(100 * part).toFixed(digits)} %`;
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(2)} MB`;
+const origin = ({command, date, versions, machine}) =>
+  `${command}, ${date}, Keras ${versions.keras}, ${machine}`;
 
 // ---------------------------------------------------------------- images
 
-const made = ({command, date, versions, machine}) =>
-  `${command}, ${date}, Keras ${versions.keras}, ${machine}`;
 const draw = (source) => drawOn(context, source, about.image_size);
 
 async function fetched(url) {
@@ -214,7 +214,7 @@ async function start() {
   $('#classes').textContent = about.classes.join(', ');
   $('#rounds').textContent = ROUNDS;
   $('#about').textContent =
-    `The networks: ${[...new Set(about.networks.map(made))].join('; ')}. ` +
+    `The networks: ${[...new Set(about.networks.map(origin))].join('; ')}. ` +
     'One training each; another seed gives other accuracies.';
 
   const bitmaps = await Promise.all(about.samples.map(loadSample));

@@ -42,6 +42,7 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 )
 
 STEPS_SHARE_VARIABLES = False
+# They are `settled` as columns, then as rows.
 PRODUCTS_ARE_COLUMNS = True
 
 
