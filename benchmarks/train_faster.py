@@ -148,10 +148,10 @@ def turns(ways, seconds):
 
 
 def compiled_ways(function, backward):
-    """A function of tensors, or its gradients, compiled in all ways that the backend has."""
+    """A function of tensors, or that and its gradients, in all ways that a backend compiles it."""
     from keras_sparseopt.backend import NAME
 
-    step = functools.partial(gradients, function) if backward else function
+    step = functools.partial(sum_and_gradients, function) if backward else function
     if NAME == "jax":
         import jax
 
@@ -161,31 +161,32 @@ def compiled_ways(function, backward):
 
         torch._dynamo.config.recompile_limit = 100  # each case is a function of its own
         compiled = torch.compile(function)
-        return [step, functools.partial(gradients, compiled) if backward else compiled]
+        return [step, functools.partial(sum_and_gradients, compiled) if backward else compiled]
     import tensorflow as tf
 
     return [tf.function(step, jit_compile=jit, autograph=False) for jit in (True, False)]
 
 
-def gradients(function, *values):
-    """The gradients of the sum of a function's results by its arguments."""
+def sum_and_gradients(function, *values):
+    """The sum of a function's result, without which it need not be computed, and its gradients."""
     from keras_sparseopt.backend import NAME
 
     if NAME == "jax":
         import jax
 
-        return jax.grad(lambda v: function(*v).sum())(values)
+        return jax.value_and_grad(lambda v: function(*v).sum())(values)
     if NAME == "torch":
         import torch
 
         values = [value.detach().requires_grad_() for value in values]
-        return torch.autograd.grad(function(*values).sum(), values)
+        total = function(*values).sum()
+        return total.detach(), torch.autograd.grad(total, values)
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
         tape.watch(values)
-        result = tf.reduce_sum(function(*values))
-    return tape.gradient(result, values)
+        total = tf.reduce_sum(function(*values))
+    return total, tape.gradient(total, values)
 
 
 def layer_arrays(rows, inputs, neurons, sparsity, tile):
@@ -212,7 +213,7 @@ def waited(function, arrays):
 
     from keras_sparseopt.backend import host
 
-    host(keras.tree.flatten(function(*arrays))[-1])
+    host(keras.tree.flatten(function(*arrays))[0])  # the sum, of one number, if there is one
 
 
 def time_layer(case, seconds, backward):

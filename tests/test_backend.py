@@ -1,6 +1,7 @@
 """The files of the backends offer the same, and no other module asks which one it is."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -37,10 +38,11 @@ def test_all_backends_offer_the_same():
         "as_uint32": ["numbers"], "generator_states": [], "set_generator_states": ["states"],
         "not_compiled": None, "without_gradients": [], "num_writes": ["variable"],
     }  # fmt: skip
-    own_in_jax = {"unshare": ["variables"], "settled": ["array"]}
+    own_in_tensorflow = {"transposed_matmul": ["left", "right"]}
+    own_in_jax = {"unshare": ["variables"]}
     alone = names_of(files / "without_strategies.py")
-    of_jax = alone | names_of(files / "jax.py") | common
-    of_torch = alone | names_of(files / "torch.py") | own_in_jax
+    of_jax = alone | names_of(files / "jax.py") | common | own_in_tensorflow
+    of_torch = alone | names_of(files / "torch.py") | own_in_jax | own_in_tensorflow
     of_tensorflow = names_of(files / "tensorflow.py") | names_of(files / "tensorflow_loop.py")
     of_tensorflow |= common | own_in_jax
     inner = {"trains_with_several_workers", "tf_workers"}
@@ -117,6 +119,34 @@ def test_products_inside_of_loops_are_found():
     assert [(p.input_axes, p.neuron_axes) for p in found][:1] == [((0,), (1,))]
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32")])
+def test_products_of_transposed_matrices(dtypes):
+    rng = np.random.default_rng(0)
+    values = [rng.integers(-4, 5, (2, 3, width)) for width in (4, 5)]
+    left, right = (ops.convert_to_tensor(v, dtype) for v, dtype in zip(values, dtypes))
+    found = backend.transposed_matmul(left, right)
+    assert keras.backend.standardize_dtype(found.dtype) == "float32"
+    assert np.array_equal(array(found), np.einsum("skr,skc->src", *values))
+
+
+@pytest.mark.backend("tensorflow")
+def test_products_of_transposed_matrices_write_no_transposition():
+    """Neither of what is given, nor of its gradient."""
+    import tensorflow as tf
+
+    @tf.function(autograph=False)
+    def gradients(left, right):
+        with tf.GradientTape() as tape:
+            tape.watch((left, right))
+            found = backend.transposed_matmul(left, right)
+        return tape.gradient(found, (left, right))
+
+    x = tf.ones((2, 3, 4))
+    operations = gradients.get_concrete_function(x, x).graph.get_operations()
+    assert [o.type for o in operations if "Transpose" in o.type] == []
+    assert sum("BatchMatMul" in o.type for o in operations) == 3
+
+
 def test_what_is_settled_stays_what_it_is():
     x = np.arange(6, dtype="float32").reshape(2, 3)
 
@@ -126,6 +156,65 @@ def test_what_is_settled_stays_what_it_is():
     x = ops.convert_to_tensor(x)
     assert np.array_equal(array(twice(x)), 2 * array(x).T)
     assert np.array_equal(array(backend.compiled(twice)(x)), 2 * array(x).T)
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        ("float32", (2, 3)), ("float32", (None, None)), ("float64", (None, 3)),
+        ("float16", (None, 3)), ("bfloat16", (None, 3)),
+    ],
+)  # fmt: skip
+def test_xla_settles_what_it_compiles(dtype, sizes):
+    """Also what is of unknown size when it is traced, as batches are in `fit`."""
+    import tensorflow as tf
+
+    def cubed(x):
+        return backend.settled(tf.transpose(backend.settled(x))) ** 3
+
+    def gradient(function, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            result = function(x)
+        return tape.gradient(result, x)
+
+    def tangent(x):
+        with tf.autodiff.ForwardAccumulator(x, x) as accumulator:
+            result = cubed(x)
+        return accumulator.jvp(result)
+
+    def jacobian(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            result = tf.transpose(cubed(x))
+        return tape.batch_jacobian(result, x)
+
+    once = functools.partial(gradient, cubed)
+    x = tf.reshape(tf.range(6) - 2, (2, 3))  # exact in all types
+    expected = {
+        cubed: tf.transpose(x) ** 3, once: 3 * x**2, functools.partial(gradient, once): 6 * x,
+        tangent: 3 * tf.transpose(x) ** 3,
+        jacobian: 3 * x[:, :, None] ** 2 * tf.eye(3, dtype=x.dtype),
+    }  # fmt: skip
+    given = tf.cast(x, dtype)
+    for function, result in expected.items():
+        compiled = tf.function(
+            function, [tf.TensorSpec(sizes, dtype)], jit_compile=True, autograph=False
+        )
+        program = compiled.experimental_get_compiler_ir(given)("hlo")
+        assert program.count("LayoutConstraint") == program.count("opt-barrier(") >= 2
+        assert np.array_equal(tf.cast(compiled(given), "int32"), result)
+
+
+@pytest.mark.backend("tensorflow")
+def test_nothing_is_settled_without_xla():
+    import tensorflow as tf
+
+    x = tf.ones((2, 3))
+    assert backend.settled(x) is x and not backend.products_are_columns()
+    traced = tf.function(lambda x: backend.settled(x) + 1, autograph=False)
+    assert "XlaCallModule" not in str(traced.get_concrete_function(x).graph.as_graph_def())
 
 
 @pytest.mark.backend("jax")

@@ -5,7 +5,7 @@
 | is a computation recorded or run, where do arrays lie | `is_traced`, `init_scope`, `is_initialized`, `is_single_replica`, `are_on_host`, `is_whole`, `is_replicated` |
 | how is a function compiled, what may it donate | `compiled`, `not_compiled`, `freed`, `gradient_function`, `without_gradients` |
 | does a compiled step share variables, or know those of its state only | `STEPS_SHARE_VARIABLES`, `Tap`, `Seen` |
-| how are rows gathered, how does a product lie in memory | `rows_at`, `PRODUCTS_ARE_COLUMNS`, `settled` |
+| how are rows gathered and multiplied, how does a product lie in memory | `rows_at`, `transposed_matmul`, `products_are_columns`, `settled` |
 | was a variable written past Keras, is its memory its own | `num_writes`, `unshare` |
 | what do random generators outside of layers hold | `generator_states`, `set_generator_states` |
 | what do a model's operations do with its weights | `products_of` |

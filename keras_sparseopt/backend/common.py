@@ -61,12 +61,14 @@ def not_compiled(function):
     return function
 
 
-def settled(array):
-    """An array that is in memory, in the order of its axes, before anything reads it.
+def transposed_matmul(left, right):
+    """The products leftᵀ · right of two stacks of matrices.
 
-    Elsewhere than in XLA it is, or it need not be.
+    Args:
+        left: Tensor (stack, inner, rows).
+        right: Tensor (stack, inner, columns).
     """
-    return array
+    return ops.matmul(ops.transpose(left, (0, 2, 1)), right)
 
 
 def unshare(variables):

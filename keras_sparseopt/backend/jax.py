@@ -23,6 +23,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     not_compiled,
     num_writes,
     set_generator_states,
+    transposed_matmul,
     without_gradients,
 )
 from keras_sparseopt.backend.without_strategies import (  # noqa: F401
@@ -42,8 +43,6 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 )
 
 STEPS_SHARE_VARIABLES = False
-# They are `settled` as columns, then as rows.
-PRODUCTS_ARE_COLUMNS = True
 
 
 def is_traced(*arrays):
@@ -54,6 +53,11 @@ def is_traced(*arrays):
 def rows_at(array, indices):
     """The rows of an array at indices that are valid: nothing looks whether they are."""
     return jax.numpy.take(array, indices, axis=0, mode="clip")
+
+
+def products_are_columns():
+    """Whether a product is faster as columns: they are `settled`, then again as rows."""
+    return True
 
 
 _settle = Primitive("settled")

@@ -1,6 +1,7 @@
 """What belongs to TensorFlow."""
 
 import contextlib
+import functools
 import os
 import re
 import warnings
@@ -8,6 +9,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla
+from tensorflow.python.ops import control_flow_util
 
 from keras_sparseopt import keras_internals
 from keras_sparseopt.backend.common import (  # noqa: F401
@@ -21,7 +24,6 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     not_compiled,
     num_writes,
     set_generator_states,
-    settled,
     unshare,
     without_gradients,
 )
@@ -37,8 +39,6 @@ from keras_sparseopt.backend.tensorflow_loop import (
 __all__ = ["copies_of_shards", "fit_in_own_loop", "of_all_workers", "share_statistics"]
 
 STEPS_SHARE_VARIABLES = True
-# A transposed tensor is written anew.
-PRODUCTS_ARE_COLUMNS = False
 
 
 def is_traced(*arrays):
@@ -70,6 +70,79 @@ def tensor_of(variable):
 def rows_at(array, indices):
     """The rows of an array at indices that are valid: nothing looks whether they are."""
     return tf.gather(array, indices)
+
+
+def transposed_matmul(left, right):
+    """The products leftᵀ · right of two stacks of matrices.
+
+    `ops.matmul` of a transposition writes that anew, and its gradient once more.
+
+    Args:
+        left: Tensor (stack, inner, rows).
+        right: Tensor (stack, inner, columns).
+    """
+    dtype = keras.backend.result_type(left.dtype, right.dtype)
+    return tf.matmul(tf.cast(left, dtype), tf.cast(right, dtype), transpose_a=True)
+
+
+def products_are_columns():
+    """Whether a product is faster as columns: without XLA each transposition is written anew."""
+    return _is_xla_on_cpu()
+
+
+def settled(array):
+    """An array that is in memory, in the order of its axes, before anything reads it.
+
+    As on JAX: XLA takes a transposition for a layout, which makes what reads it slower. Without
+    XLA it is in memory.
+    """
+    is_of_it = array.shape.rank is not None and array.dtype in _XLA_TYPES
+    return _settle(array) if is_of_it and _is_xla_on_cpu() else array
+
+
+def _is_xla_on_cpu():
+    """Whether what is traced here is compiled by XLA, and can lie on CPU devices only."""
+    if not control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        return False
+    return all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
+
+
+_XLA_TYPES = {tf.float16: "f16", tf.bfloat16: "bf16", tf.float32: "f32", tf.float64: "f64"}
+
+
+@tf.function(autograph=False)  # so that gradients of all kinds go through its own
+@tf.custom_gradient
+def _settle(array):
+    module = _program_that_settles(array.shape.rank, _XLA_TYPES[array.dtype])
+    found = xla.call_module(
+        [array], version=9, module=module, Tout=[array.dtype], Sout=[array.shape], platforms=["CPU"]
+    )
+    return found[0], _settle
+
+
+@functools.cache
+def _program_that_settles(rank, dtype):
+    """As StableHLO. Sizes are known when it is compiled, of a result if they are given by then."""
+    array, sizes = f"tensor<{'?x' * rank}{dtype}>", [f"%size{axis}" for axis in range(rank)]
+    lines = []
+    for axis, size in enumerate(sizes):
+        lines += [
+            f"%of{axis} = stablehlo.get_dimension_size %0, dim = {axis} : ({array}) -> tensor<i32>",
+            f"{size} = stablehlo.reshape %of{axis} : (tensor<i32>) -> tensor<1xi32>",
+        ]
+    shape, ones = f"tensor<{rank}xi32>", ", ".join(rank * ["tensor<1xi32>"])
+    lines += [
+        f"%shape = stablehlo.concatenate {', '.join(sizes)}, dim = 0 : ({ones}) -> {shape}",
+        "%laid = stablehlo.custom_call @LayoutConstraint(%0, %shape) "
+        "{indices_of_shape_operands = dense<1> : tensor<1xi64>} "
+        f": ({array}, {shape}) -> {array}",
+        f"%1 = stablehlo.optimization_barrier %laid : {array}",
+        f"return %1 : {array}",
+    ]
+    return (
+        "module attributes {jax.uses_shape_polymorphism = true} {\n"
+        f"func.func public @main(%0: {array}) -> {array} {{\n{chr(10).join(lines)}\n}}\n}}\n"
+    )
 
 
 def are_on_host(variables):

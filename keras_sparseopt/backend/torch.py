@@ -16,7 +16,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Trace,
     function_of_values,
     gradient_function_by,
-    settled,
+    transposed_matmul,
     unshare,
 )
 from keras_sparseopt.backend.without_strategies import (  # noqa: F401
@@ -34,8 +34,6 @@ from keras_sparseopt.backend.without_strategies import (  # noqa: F401
 )
 
 STEPS_SHARE_VARIABLES = True
-# A transposed tensor is the same memory, which goes on from layer to layer.
-PRODUCTS_ARE_COLUMNS = True
 
 
 class _Inside(threading.local):
@@ -59,6 +57,19 @@ def rows_at(array, indices):
     return torch.index_select(array, 0, indices.reshape(-1)).reshape(
         (*indices.shape, *array.shape[1:])
     )
+
+
+def products_are_columns():
+    """Whether a product is faster as columns: transposed, they are the same memory."""
+    return True
+
+
+def settled(array):
+    """An array that is in memory, in the order of its axes, before anything reads it.
+
+    It need not be: what reads columns reads them as they are.
+    """
+    return array
 
 
 def as_uint32(numbers):

@@ -39,7 +39,7 @@ def multiply(columns, values, pattern, as_columns=False):
         Tensor (rows, groups · neurons).
     """
     gathered = _gathered(columns, pattern, values.shape[1] // pattern.shape[1])
-    return _by_group(gathered, values, as_columns and backend.PRODUCTS_ARE_COLUMNS)
+    return _by_group(gathered, values, as_columns and backend.products_are_columns())
 
 
 def convolve(planes, values, pattern, windows):
@@ -73,9 +73,9 @@ def _gathered(columns, pattern, inputs):
 def _by_group(gathered, values, as_columns=False):
     groups, _, width = values.shape
     if as_columns:
-        products = ops.matmul(ops.transpose(values, (0, 2, 1)), gathered)
+        products = backend.transposed_matmul(values, gathered)
         return transposed(ops.reshape(products, (groups * width, -1)), (1, 0))
-    products = ops.matmul(ops.transpose(gathered, (0, 2, 1)), values)
+    products = backend.transposed_matmul(gathered, values)
     products = ops.transpose(products, (1, 0, 2))
     return backend.settled(ops.reshape(products, (-1, groups * width)))
 
