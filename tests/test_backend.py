@@ -208,6 +208,25 @@ def test_xla_settles_what_it_compiles(dtype, sizes):
 
 
 @pytest.mark.backend("tensorflow")
+def test_what_xla_settles_is_saved(tmp_path):
+    import tensorflow as tf
+
+    class Twice(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((None, 3))], jit_compile=True, autograph=False)
+        def call(self, x):
+            return 2 * backend.settled(tf.transpose(x))
+
+    x = tf.reshape(tf.range(6.0), (2, 3))
+    tf.saved_model.save(Twice(), tmp_path / "saved")
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        found = loaded.call(x)
+    assert np.array_equal(found, 2 * tf.transpose(x))
+    assert np.array_equal(tape.gradient(found, x), 2 * tf.ones_like(x))
+
+
+@pytest.mark.backend("tensorflow")
 def test_nothing_is_settled_without_xla():
     import tensorflow as tf
 

@@ -110,19 +110,32 @@ def _is_xla_on_cpu():
 _XLA_TYPES = {tf.float16: "f16", tf.bfloat16: "bf16", tf.float32: "f32", tf.float64: "f64"}
 
 
-@tf.function(autograph=False)  # so that gradients of all kinds go through its own
+def _laid_out(array):
+    return xla.call_module(
+        [array], version=9,
+        module=_program_that_settles(array.shape.rank, _XLA_TYPES[array.dtype]),
+        Tout=[array.dtype], Sout=[array.shape], platforms=["CPU"],
+        disabled_checks=[xla.call_module_disable_check_platform()],  # saved here, run elsewhere
+    )[0]  # fmt: skip
+
+
+# Functions, so that all kinds of derivatives go through their gradients. None is its own gradient:
+# a SavedModel could not be loaded.
+@tf.function(autograph=False)
+@tf.custom_gradient
+def _settle_gradient(array):
+    return _laid_out(array), tf.identity
+
+
+@tf.function(autograph=False)
 @tf.custom_gradient
 def _settle(array):
-    module = _program_that_settles(array.shape.rank, _XLA_TYPES[array.dtype])
-    found = xla.call_module(
-        [array], version=9, module=module, Tout=[array.dtype], Sout=[array.shape], platforms=["CPU"]
-    )
-    return found[0], _settle
+    return _laid_out(array), _settle_gradient
 
 
 @functools.cache
 def _program_that_settles(rank, dtype):
-    """As StableHLO. Sizes are known when it is compiled, of a result if they are given by then."""
+    """As StableHLO. Sizes are known when it is compiled, and the call must be told its result's."""
     array, sizes = f"tensor<{'?x' * rank}{dtype}>", [f"%size{axis}" for axis in range(rank)]
     lines = []
     for axis, size in enumerate(sizes):
