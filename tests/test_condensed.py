@@ -1079,6 +1079,41 @@ def test_an_exported_model_multiplies_condensed(tmp_path):
     assert file.largest_difference < 1e-4 and isinstance(model.layers[0], CondensedLayer)
 
 
+def by_construction(seed):
+    keras.utils.set_random_seed(seed)
+    layer = kso.SparseDense(32, sparsity=0.5, structure=BALANCED, condensed=True, seed=seed)
+    return keras.Sequential([keras.Input((12,)), layer, layers.Dense(3)])
+
+
+@pytest.mark.backend("tensorflow")
+@pytest.mark.parametrize("make", [lambda seed: kso.condense(network(seed=seed)), by_construction])
+def test_tensorflow_finds_the_active_tiles(make, tmp_path):
+    """In its own checkpoints and SavedModels, which know what is an attribute of a layer."""
+    import tensorflow as tf
+
+    class Served(tf.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 12))], autograph=False)
+        def call(self, x):
+            return self.model(x)
+
+    one, other, (x, _) = make(1), make(2), data()
+    expected = array(one(x))
+    saved = tf.train.Checkpoint(model=one).write(str(tmp_path / "c"))
+    tf.train.Checkpoint(model=other).read(saved).assert_existing_objects_matched()
+    assert np.array_equal(array(one.layers[0].kernel), array(other.layers[0].kernel))
+    np.testing.assert_allclose(array(other(x)), expected, 1e-5, 1e-5)
+    tf.saved_model.save(Served(one), tmp_path / "served")
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.call(x), expected, 1e-5, 1e-5)
+    kso.uncondense(one)
+    assert not hasattr(one.layers[0], "indices")
+    np.testing.assert_allclose(array(one(x)), expected, 1e-5, 1e-5)
+
+
 def test_batch_by_batch_it_trains_as_masked():
     x, y = np.random.default_rng(0).normal(size=(2, 3, 8, 64)).astype("float32")
     losses = []

@@ -489,7 +489,7 @@ def _uncondense(layer, optimizers):
     if isinstance(layer, ByNeuron):
         indices = layer.indices
         exchange_on_device(variable, layer.plain_kernel(), optimizers)
-        del layer.indices, layer.kernel_shape
+        del layer.kernel_shape
     else:
         topology = variable.topology
         form, pattern, indices = topology.form, host(topology.pattern), topology.pattern
@@ -506,6 +506,7 @@ def _uncondense(layer, optimizers):
             return host(form.plain(host(array), pattern))
 
         change_form(variable, plain, None, mask, optimizers)
+    del layer.indices
     keras_internals.forget_weight(layer, indices)
     become(layer, None)
     if hasattr(layer, "is_sparse_by_construction"):

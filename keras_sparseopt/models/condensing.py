@@ -258,7 +258,7 @@ def _condense_tiles(kernel, optimizers):
         keras_internals.forget_weight(layer, layer.kernel_mask)
         del layer.kernel_mask
     become(layer, tiled_form(layer))
-    indices = add_indices(layer, pattern, "int32")
+    layer.indices = indices = add_indices(layer, pattern, "int32")
     if topology.is_attached:
         topology.spare_mask = topology.pattern
 

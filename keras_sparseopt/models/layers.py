@@ -165,7 +165,7 @@ class SparseLayer(keras.layers.Layer):
 
         options = {"shape": form.values_shape(), "initializer": tiles}
         kernel = super().add_weight(**{**kwargs, **options})
-        indices = super().add_weight(
+        self.indices = indices = super().add_weight(
             name="indices", shape=pattern.shape, dtype="int32", trainable=False, autocast=False,
             initializer=lambda shape, dtype: ops.convert_to_tensor(pattern, dtype),
             aggregation="only_first_replica",
