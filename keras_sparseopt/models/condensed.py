@@ -485,14 +485,13 @@ def uncondense_layers(layers):
 
 
 def _uncondense(layer, optimizers):
-    variable = layer._kernel
+    variable, indices = layer._kernel, layer.indices
     if isinstance(layer, ByNeuron):
-        indices = layer.indices
         exchange_on_device(variable, layer.plain_kernel(), optimizers)
         del layer.kernel_shape
     else:
         topology = variable.topology
-        form, pattern, indices = topology.form, host(topology.pattern), topology.pattern
+        form, pattern = topology.form, host(indices)
         mask = form.mask(pattern)
         if topology.spare_mask is not None:
             exchange_on_device(topology.spare_mask, mask)
