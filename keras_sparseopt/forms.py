@@ -180,10 +180,11 @@ class Condensed:
         self.num_tiles = -(-self.inputs // self.tile_inputs)
         self.groups = self.neurons // self.width
         self.num_bits = self.num_tiles * self.groups
-        # How many inputs each tile has: the last may have fewer.
+        # How many weights each tile has: the last may have fewer inputs.
         first = np.arange(self.num_tiles) * self.tile_inputs
-        self._lengths = np.minimum(self.tile_inputs, self.inputs - first).astype("int32")
-        self._size_of_input = self.windows * self.width
+        lengths = np.minimum(self.tile_inputs, self.inputs - first)
+        self._sizes = (lengths * self.windows * self.width).astype("int32")
+        self._group: Any = np.repeat(np.arange(self.groups, dtype="int32"), tiles)
         self._last: Any = None
 
     def values_shape(self):
@@ -210,16 +211,16 @@ class Condensed:
         values = xp.transpose(xp.reshape(tiles, shape), (0, 2, 1, 3, 4))
         return xp.reshape(values, self.values_shape())
 
-    def _grid(self, pattern):
-        """Which tiles are active: bool array (groups, all tiles)."""
-        group: Any = np.repeat(np.arange(self.groups, dtype="int32"), self.tiles)
+    def _places(self, pattern):
+        """The row of `_by_tile` that has a tile: int32 (groups, all tiles), −1 for none."""
+        rows = np.arange(self.groups * self.tiles, dtype="int32")
         if masks.on_host(pattern):
-            grid = np.zeros((self.groups, self.num_tiles), bool)
-            grid[group, pattern.ravel()] = True
-            return grid
-        where = ops.stack([ops.convert_to_tensor(group), ops.reshape(pattern, (-1,))], axis=1)
-        ones = ops.ones((self.groups * self.tiles,), "int32")
-        return ops.scatter(where, ones, (self.groups, self.num_tiles)) > 0
+            places = np.full(self.groups * self.num_tiles, -1, "int32")
+            places[(pattern + self._first(self.num_tiles, pattern)).ravel()] = rows
+            return places.reshape(self.groups, self.num_tiles)
+        where = ops.stack([ops.convert_to_tensor(self._group), ops.reshape(pattern, (-1,))], axis=1)
+        rows = ops.convert_to_tensor(rows + 1)
+        return ops.scatter(where, rows, (self.groups, self.num_tiles)) - 1
 
     def _routes(self, old, new):
         """For each new tile the row of `_by_tile` that it had, and whether it had one.
@@ -229,49 +230,44 @@ class Condensed:
         before = self._last
         if before is not None and before[0] is old and before[1] is new:
             return before[2]
-        xp, grid = masks.xp_of(new), self._grid(old)
-        rows = xp.reshape(self._at(self._positions(grid), new), (-1,))
-        found = rows, xp.reshape(self._at(grid, new), (-1, 1))
+        xp = masks.xp_of(new)
+        rows = xp.reshape(xp.take_along_axis(self._places(old), new, axis=1), (-1,))
+        found = xp.maximum(rows, 0), rows >= 0
         if masks.on_host(old, new):
             self._last = old, new, found
         return found
-
-    def _positions(self, grid):
-        """Where the values of every tile are: int32 (groups, all tiles), of rows of `_by_tile`."""
-        xp = masks.xp_of(grid)
-        before = xp.cumsum(masks.as_int(grid), axis=1) - 1
-        return xp.maximum(before, 0) + self._first(self.tiles, grid)
 
     def _first(self, size, array):
         """The first row of each group, where a group has so many: int32 (groups, 1)."""
         rows = np.arange(self.groups, dtype="int32")[:, None] * np.int32(size)
         return masks.beside(rows, array)
 
-    def _at(self, array, pattern):
-        """The entries of an array (groups, all tiles) at the active tiles: (groups, tiles)."""
-        return masks.xp_of(pattern).take_along_axis(array, pattern, axis=1)
-
-    def _of_units(self, units):
-        return masks.xp_of(units).transpose(units[0])
+    def _units_with(self, numbers, pattern):
+        """An array of units that has a number at each active tile, (groups, tiles), 0 elsewhere."""
+        shape = self.num_tiles, self.groups
+        if masks.on_host(pattern):
+            units = np.zeros(shape, numbers.dtype)
+            units[pattern.ravel(), self._group] = numbers.ravel()
+            return units[None]
+        where = ops.stack([ops.reshape(pattern, (-1,)), ops.convert_to_tensor(self._group)], axis=1)
+        return ops.scatter(where, ops.reshape(numbers, (-1,)), shape)[None]
 
     # ------------------------------------------------------------------ patterns
 
     def active(self, pattern):
         """Which units are active: bool array of units."""
-        return self._units_of(self._grid(pattern))
-
-    def _units_of(self, array):
-        """An array of units of one (groups, all tiles)."""
-        turned = masks.xp_of(array).transpose(array)[None]
-        return np.ascontiguousarray(turned) if masks.on_host(turned) else turned
+        if masks.on_host(pattern):
+            return self._units_with(np.ones(pattern.shape, bool), pattern)
+        return self._units_with(ops.ones(pattern.shape, "int32"), pattern) > 0
 
     def mask(self, pattern):
         return self._units.write(self.active(pattern))
 
     def pattern(self, active):
-        grid = self._of_units(active)
+        grid = masks.xp_of(active).transpose(active[0])
         if masks.on_host(active):
-            return np.nonzero(grid)[1].reshape(self.groups, self.tiles).astype("int32")
+            tiles = np.flatnonzero(grid) % self.num_tiles
+            return tiles.reshape(self.groups, self.tiles).astype("int32")
         number = ops.arange(self.num_tiles, dtype="int32")
         return ops.sort(ops.where(grid, number, self.num_tiles), axis=1)[:, : self.tiles]
 
@@ -286,7 +282,7 @@ class Condensed:
 
     # ------------------------------------------------------------------ read and move
 
-    def _sums(self, values, grid):
+    def _sums(self, values, pattern):
         """The sums of magnitudes of the active tiles, 0 elsewhere: an array of units."""
         xp = masks.xp_of(values)
         shape = self.groups, self.windows, self.tiles, self.tile_inputs, self.width
@@ -295,23 +291,16 @@ class Condensed:
         tiles = functools.reduce(xp.add, [tiles[:, i] for i in range(self.windows)])
         tiles = functools.reduce(xp.add, [tiles[:, :, i] for i in range(self.tile_inputs)])
         sums = functools.reduce(xp.add, [tiles[..., i] for i in range(self.width)])
-        if xp is np:
-            every = np.zeros(grid.shape, "float32")
-            every[grid] = sums.ravel()  # both in the order of groups, then tiles
-        else:
-            every = xp.take(xp.reshape(sums, (-1,)), self._positions(grid))
-            every = masks.masked(every, grid)
-        return self._units_of(every)
+        return self._units_with(sums, pattern)
 
     def read(self, values, pattern, gradient):
-        values = _beside(values, pattern)
-        units, grid = self._units, self._grid(pattern)
+        units, values = self._units, _beside(values, pattern)
         found = gradient
         if gradient is not None and tuple(gradient.shape) != units.unit_shape:
             found = units.magnitudes(gradient)
         elif gradient is not None:
             found = units.shared(gradient)
-        return units.shared(self._sums(values, grid)), self._units_of(grid), found
+        return units.shared(self._sums(values, pattern)), self.active(pattern), found
 
     def with_active(self, gradient, active, pattern):
         """A dense gradient, or its sums over tiles, with what is known of the active tiles.
@@ -322,8 +311,7 @@ class Condensed:
             pattern: Of the weight.
         """
         if tuple(gradient.shape) == self._units.unit_shape:
-            grid = self._grid(pattern)
-            where, known = self._units_of(grid), self._sums(active, grid)
+            where, known = self.active(pattern), self._sums(active, pattern)
         else:
             where, known = self.mask(pattern), self.plain(active, pattern)
         return masks.xp_of(known).where(where, known, gradient)
@@ -333,8 +321,9 @@ class Condensed:
         rows, was_there = self._routes(old, new)
         tiles = xp.take(self._by_tile(values), rows, axis=0)
         if grown is None and xp is np:
-            tiles[~was_there[:, 0]] = 0  # of a copy
+            tiles[~was_there] = 0  # of a copy
             return self._values_of(tiles)
+        was_there = was_there[:, None]
         if grown is None:
             return self._values_of(masks.masked(tiles, was_there))
         start = self._by_tile(self.stored(self._units.spread(grown), new))
@@ -345,9 +334,9 @@ class Condensed:
 
     def plain(self, values, pattern):
         values = _beside(values, pattern)
-        xp, grid = masks.xp_of(values), self._grid(pattern)
-        tiles = xp.take(self._by_tile(values), self._positions(grid), axis=0)
-        tiles = masks.masked(tiles, grid[:, :, None])
+        xp, places = masks.xp_of(values), self._places(pattern)
+        tiles = xp.take(self._by_tile(values), xp.maximum(places, 0), axis=0)
+        tiles = masks.masked(tiles, places[:, :, None] >= 0)
         shape = self.groups, self.num_tiles, self.windows, self.tile_inputs, self.width
         matrix = xp.transpose(xp.reshape(tiles, shape), (2, 1, 3, 0, 4))
         padded = self.num_tiles * self.tile_inputs
@@ -382,17 +371,17 @@ class Condensed:
     # ------------------------------------------------------------------ counts
 
     def count(self, pattern):
-        return self._count_of_grid(self._grid(pattern))
-
-    def _count_of_grid(self, grid):
-        xp = masks.xp_of(grid)
-        sizes = masks.beside(self._lengths * np.int32(self._size_of_input), grid)
-        total = xp.sum(masks.as_int(grid) * sizes)
-        return total.astype("int32") if xp is np else total
+        return _sum_of_ints(self._sizes_of(pattern))
 
     def num_grown(self, old, new):
-        xp = masks.xp_of(new)
-        return self._count_of_grid(xp.logical_and(self._grid(new), xp.logical_not(self._grid(old))))
+        _, was_there = self._routes(old, new)
+        is_new = masks.as_int(masks.xp_of(new).logical_not(was_there))
+        return _sum_of_ints(self._sizes_of(new) * is_new)
+
+    def _sizes_of(self, pattern):
+        """How many weights each active tile has: int32 (groups · tiles)."""
+        xp = masks.xp_of(pattern)
+        return xp.take(masks.beside(self._sizes, pattern), xp.reshape(pattern, (-1,)))
 
     def mean_magnitude(self, values, pattern):
         xp, size = masks.xp_of(values), abs(masks.as_float(values))
@@ -406,7 +395,7 @@ class Condensed:
 
     def count_bits(self, bits):
         active = self._unpacked(bits, self.num_bits).reshape(self._units.unit_shape)
-        return int(self._count_of_grid(self._of_units(active)))
+        return int((np.count_nonzero(active[0], axis=1) * self._sizes).sum())
 
     def bits_of_weights(self, bits):
         active = self._unpacked(bits, self.num_bits).reshape(self._units.unit_shape)
@@ -421,6 +410,10 @@ class Condensed:
 def _beside(values, pattern):
     """Values as NumPy's array where the pattern is one."""
     return host(values) if masks.on_host(pattern) else values
+
+
+def _sum_of_ints(values):
+    return values.sum(dtype="int32") if masks.on_host(values) else ops.sum(values)
 
 
 def _cast(values, dtype):

@@ -68,6 +68,21 @@ def test_no_other_module_asks_which_backend_it_is():
             assert word not in text, (name, word)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (4, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "bool", "bfloat16"])
+def test_the_host_reads_memory_as_it_is(dtype, shape):
+    values = np.arange(np.prod(shape, dtype=int)).reshape(shape) % 2
+    variable = keras.Variable(values, dtype=dtype, trainable=False)
+    found = backend.host(variable)
+    assert found.dtype == ("float32" if dtype == "bfloat16" else dtype)
+    np.testing.assert_array_equal(found, values)
+    if found.size and dtype != "bfloat16":
+        assert np.shares_memory(found, backend.host(variable))  # a device on the host: no copy
+    if keras.backend.backend() != "torch":  # whose variables are written in place
+        variable.assign(1 - values)
+        np.testing.assert_array_equal(found, values)
+
+
 def test_reshaping_keeps_track_of_axes():
     trace = Trace.of(0, 3)  # (2, 6, 4)
 

@@ -2,7 +2,7 @@
 
 | what is asked | by |
 |---|---|
-| is a computation recorded or run, where do arrays lie | `is_traced`, `init_scope`, `is_initialized`, `is_single_replica`, `are_on_host`, `is_whole`, `is_replicated` |
+| is a computation recorded or run, where do arrays lie | `host`, `is_traced`, `init_scope`, `is_initialized`, `is_single_replica`, `are_on_host`, `is_whole`, `is_replicated` |
 | how is a function compiled, what may it donate | `compiled`, `not_compiled`, `freed`, `gradient_function`, `without_gradients` |
 | does a compiled step share variables, or know those of its state only | `STEPS_SHARE_VARIABLES`, `Tap`, `Seen` |
 | how are rows gathered and multiplied, how does a product lie in memory | `rows_at`, `transposed_matmul`, `products_are_columns`, `settled` |
@@ -20,7 +20,7 @@ from typing import Any
 
 import keras
 
-from keras_sparseopt.backend.common import Devices, host
+from keras_sparseopt.backend.common import Devices
 
 __all__ = ["NAME", "Devices", "host"]
 
@@ -32,6 +32,7 @@ if NAME not in ("tensorflow", "jax", "torch"):
     )
 
 _here = importlib.import_module(f"keras_sparseopt.backend.{NAME}")
+host = _here.host
 
 
 def __getattr__(name: str) -> Any:

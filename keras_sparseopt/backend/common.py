@@ -32,16 +32,11 @@ class Devices:
     scope: Callable[[], Any] = contextlib.nullcontext
 
 
-def host(x):
-    """`x` as a NumPy array, for reading: without a copy where the backend's memory allows."""
-    if isinstance(x, np.ndarray):
-        return x
+def for_numpy(x):
+    """A tensor of what has a value, of a type that NumPy has."""
     x = ops.convert_to_tensor(x)
-    if keras.backend.standardize_dtype(x.dtype) == "bfloat16":
-        x = ops.cast(x, "float32")
-    if hasattr(x, "detach"):  # PyTorch's, which may be differentiated, and lie on a GPU
-        return x.detach().cpu().numpy()
-    return np.asarray(x)
+    is_bfloat16 = keras.backend.standardize_dtype(x.dtype) == "bfloat16"
+    return ops.cast(x, "float32") if is_bfloat16 else x
 
 
 def as_uint32(numbers):
@@ -102,12 +97,13 @@ def function_of_values(function, variables):
     return at
 
 
-def gradient_function_by(value_and_gradients, compiled):
+def gradient_function_by(value_and_gradients, compiled, host):
     """`gradient_function` of a backend, from how it differentiates and compiles.
 
     Args:
         value_and_gradients: Function of a function and its values → the scalar, its gradients.
         compiled: Function of a function.
+        host: Function of a tensor: NumPy's array.
     """
 
     def gradient_function(function, variables, of_norm=False):

@@ -17,6 +17,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Products,
     Trace,
     as_uint32,
+    for_numpy,
     function_of_values,
     generator_states,
     gradient_function_by,
@@ -48,6 +49,11 @@ STEPS_SHARE_VARIABLES = False
 def is_traced(*arrays):
     """Whether a computation on these arrays is being recorded, not run."""
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def host(x):
+    """`x` as a NumPy array, for reading: without a copy where its memory can be read."""
+    return x if isinstance(x, np.ndarray) else np.asarray(for_numpy(x))
 
 
 def rows_at(array, indices):
@@ -143,7 +149,7 @@ def _value_and_gradients(function, values):
     return jax.value_and_grad(function)(values)
 
 
-gradient_function = gradient_function_by(_value_and_gradients, compiled)
+gradient_function = gradient_function_by(_value_and_gradients, compiled, host)
 
 
 def summed_over_replicas(gradient):

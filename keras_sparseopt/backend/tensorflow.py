@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 from tensorflow.python.ops import control_flow_util
@@ -18,6 +19,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Products,
     Trace,
     as_uint32,
+    for_numpy,
     function_of_values,
     generator_states,
     gradient_function_by,
@@ -65,6 +67,14 @@ def is_single_replica():
 def tensor_of(variable):
     """The value of a Keras variable, which `convert_to_tensor` leaves a variable."""
     return tf.convert_to_tensor(variable.value)
+
+
+def host(x):
+    """`x` as a NumPy array, for reading: without a copy where its memory can be read."""
+    if isinstance(x, np.ndarray):
+        return x
+    # A tensor's own `numpy` copies. What is read here nobody writes: variables take other memory.
+    return np.asarray(memoryview(tf.convert_to_tensor(for_numpy(x))))
 
 
 def rows_at(array, indices):
@@ -200,7 +210,7 @@ def _value_and_gradients(function, values):
 
 
 gradient_function = gradient_function_by(
-    _value_and_gradients, lambda function: tf.function(function, autograph=False)
+    _value_and_gradients, lambda function: tf.function(function, autograph=False), host
 )
 
 

@@ -14,6 +14,7 @@ from keras_sparseopt.backend.common import (  # noqa: F401
     Devices,
     Products,
     Trace,
+    for_numpy,
     function_of_values,
     gradient_function_by,
     transposed_matmul,
@@ -50,6 +51,12 @@ def is_traced(*arrays):
     if torch.compiler.is_compiling() or _inside.number:
         return True
     return any(getattr(array, "is_meta", False) for array in arrays)
+
+
+def host(x):
+    """`x` as a NumPy array, for reading: without a copy where its memory can be read."""
+    # It may be differentiated, and lie on a GPU.
+    return x if isinstance(x, np.ndarray) else for_numpy(x).detach().cpu().numpy()
 
 
 def rows_at(array, indices):
@@ -143,7 +150,7 @@ def _value_and_gradients(function, values):
 
 not_compiled = torch.compiler.disable
 
-gradient_function = gradient_function_by(_value_and_gradients, lambda function: function)
+gradient_function = gradient_function_by(_value_and_gradients, lambda function: function, host)
 
 
 def summed_over_replicas(gradient):
