@@ -5,6 +5,8 @@
 Each backend runs in a process of its own. Dense is always the faster of its ways (in TensorFlow
 with and without XLA, in PyTorch eager and by `torch.compile`), and so is condensed; steps of `fit`
 are eager in PyTorch, as is Keras' default there. Dense and condensed take turns; ratios of medians.
+JAX's processes get their memory in huge pages, unless `--pages small`: Linux hands out what a step
+needs anew each time.
 
 | part | what is timed |
 |---|---|
@@ -41,6 +43,8 @@ STEPS = [  # network, batch, sparsity, tile, steps
     *(("transformer d 512", 16, 0.9, tile, 50) for tile in ((1, 64), (1, 128))),
     ("BERT d 512", 16, 0.9, (1, 64), 50),
     *(("1×1 convolutions 128/256/512", 32, zeros, (1, 64), 25) for zeros in (0.9, 0.99)),
+    ("1×1 convolutions 6 × 512", 32, 0.9, (1, 64), 25),
+    ("keras.applications.MobileNet", 32, 0.9, (1, 64), 25),
     ("ResNet 64/128/256", 64, 0.9, (1, 64), 25),
 ]
 MEMORY = [  # network, batch, sparsity, tile; small ones would show what compiling takes
@@ -84,12 +88,20 @@ def networks(name):
     def narrow():
         inputs = x = keras.Input((16, 16, 3))
         x = layers.Conv2D(64, 3, padding="same", use_bias=False)(x)
-        for width, strides in ((128, 1), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)):
+        blocks = (128, 1), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1)
+        if name.endswith("6 × 512"):  # MobileNet has five such blocks, of 13
+            blocks = (512, 2), *(5 * [(512, 1)])
+        for width, strides in blocks:
             x = layers.DepthwiseConv2D(3, strides, padding="same", use_bias=False)(x)
             x = layers.ReLU()(layers.BatchNormalization()(x))
             x = layers.Conv2D(width, 1, use_bias=False)(x)
             x = layers.ReLU()(layers.BatchNormalization()(x))
         return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+    def mobilenet():
+        backbone = keras.applications.MobileNet((64, 64, 3), include_top=False, weights=None)
+        outputs = layers.GlobalAveragePooling2D()(backbone.output)
+        return keras.Model(backbone.inputs, layers.Dense(10)(outputs))
 
     def resnet():
         inputs = x = keras.Input((16, 16, 3))
@@ -123,13 +135,14 @@ def networks(name):
             return rng.normal(size=(number, int(name.split()[-1]))).astype("float32"), y
         if name.startswith("transformer"):
             return rng.normal(size=(number, 64, 512)).astype("float32"), y
-        if name[0] in "1R":
-            return rng.normal(size=(number, 16, 16, 3)).astype("float32"), y
+        if name[0] in "1Rk":
+            size = 64 if name[0] == "k" else 16
+            return rng.normal(size=(number, size, size, 3)).astype("float32"), y
         ones = np.ones((number, 64), "int32")
         tokens = rng.integers(0, 1000, (number, 64)).astype("int32")
         return {"token_ids": tokens, "segment_ids": 0 * ones, "padding_mask": ones}, y
 
-    makers = {"M": mlp, "t": transformer, "B": bert, "1": narrow, "R": resnet}
+    makers = {"M": mlp, "t": transformer, "B": bert, "1": narrow, "R": resnet, "k": mobilenet}
     return makers[name[0]], batch_of
 
 
@@ -331,7 +344,7 @@ def peak(*case):
     """`peak_of` in a process of its own."""
     from common import LITTLE_SLACK
 
-    environment = os.environ | LITTLE_SLACK
+    environment = os.environ | LITTLE_SLACK | {"GLIBC_TUNABLES": ""}
     command = [sys.executable, __file__, "--worker", "--peak_of", json.dumps(case)]
     run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(run.stdout.splitlines()[-1])
@@ -359,6 +372,11 @@ def time_update(seconds):
     return turns([plain.copy, update], seconds)
 
 
+def pages(args, backend):
+    """The size of the pages in which memory comes, where it matters."""
+    return args.pages if backend == "jax" else None
+
+
 def worker(args):
     import warnings
 
@@ -366,10 +384,12 @@ def worker(args):
 
     warnings.filterwarnings("ignore")
 
+    backend = keras.backend.backend()
+
     def tell(part, case, dense, sparse, **more):
         row = {
-            "part": part, **case, "backend": keras.backend.backend(), "dense ms": dense,
-            "condensed ms": sparse, "×": dense / sparse, **more,
+            "part": part, **case, "backend": backend, "pages": pages(args, backend),
+            "dense ms": dense, "condensed ms": sparse, "×": dense / sparse, **more,
         }  # fmt: skip
         print(json.dumps(row), flush=True)
 
@@ -389,7 +409,7 @@ def worker(args):
         ways = (None, False), (tile, False), (tile, True)
         dense, sparse, updated = (peak(name, batch, sparsity, *way) for way in ways)
         row = {
-            "part": "memory", "backend": keras.backend.backend(), "network": name, "batch": batch,
+            "part": "memory", "backend": backend, "network": name, "batch": batch,
             "sparsity": sparsity, "tile": tile, "dense MB": dense / 1e6,
             "condensed MB": sparse / 1e6, "bytes": sparse / dense,
             "bytes with a mask update": updated / dense,
@@ -401,7 +421,7 @@ def worker(args):
         tell("update", case, copy, update, **{"update over copy": update / copy})
 
 
-CASE = "part", "backend", "network", "batch", "rows", "inputs", "neurons", "sparsity", "tile"
+CASE = "part backend pages network batch rows inputs neurons sparsity tile".split()
 
 
 def case_of(row):
@@ -415,6 +435,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=4.0, help="for each layer")
     parser.add_argument("--rounds", type=int, default=2, help="fits of each network")
     parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax", "torch"])
+    parser.add_argument("--pages", default="huge", choices=("huge", "small"), help="JAX's memory")
     parser.add_argument("--no_file", action="store_true", help="only print")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -427,9 +448,12 @@ def main():
         return
     rows = []
     for backend in args.backends:
+        environment = os.environ | {"KERAS_BACKEND": backend}
+        if pages(args, backend) == "huge":
+            environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         process = subprocess.Popen(
             [sys.executable, pathlib.Path(__file__), "--worker", *sys.argv[1:]],
-            env={**os.environ, "KERAS_BACKEND": backend}, stdout=subprocess.PIPE, text=True,
+            env=environment, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         for line in process.stdout:
             if line.startswith("{"):
