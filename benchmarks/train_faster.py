@@ -24,6 +24,7 @@ import gc
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -277,6 +278,10 @@ def made(name, sparsity, tile, jit):
     return model
 
 
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def time_step(name, batch, sparsity, tile, steps, rounds):
     import keras
     from common import bytes_of
@@ -293,26 +298,30 @@ def time_step(name, batch, sparsity, tile, steps, rounds):
         callbacks = [] if tile is None else [kso.RigL(update_every=steps, end_step=10**6)]
         gc.collect()  # of graphs this takes 0.5 to 5 s, and would fall on any of the networks
         gc.disable()
-        start = time.perf_counter()
+        faults, start = page_faults(), time.perf_counter()
         model.fit(x, y, batch_size=batch, epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
         took = time.perf_counter() - start
         gc.enable()
-        return 1000 * took / steps
+        return 1000 * took / steps, (page_faults() - faults) / steps
 
-    times: dict = {kind: [] for kind in kinds}
+    measured: dict = {kind: [] for kind in kinds}
     for turn in range(rounds + 1):
         for kind, model in zip(kinds, models):
             found = fit(model, kind[0])
             if turn:  # the first one compiles
-                times[kind].append(found)
-    medians = {kind: statistics.median(own) for kind, own in times.items()}
-    dense = min((kind for kind in kinds if kind[0] is None), key=medians.get)
-    sparse = min((kind for kind in kinds if kind[0] is not None), key=medians.get)
+                measured[kind].append(found)
+    times, faults = (
+        {kind: statistics.median(found[i] for found in own) for kind, own in measured.items()}
+        for i in range(2)
+    )
+    dense = min((kind for kind in kinds if kind[0] is None), key=times.get)
+    sparse = min((kind for kind in kinds if kind[0] is not None), key=times.get)
     share = bytes_of(models[-1]) / bytes_of(models[0])
     del models
     gc.collect()
     more = {"bytes": share, "dense jit": dense[1], "condensed jit": sparse[1]}
-    return medians[dense], medians[sparse], more
+    more |= {"dense page faults": faults[dense], "condensed page faults": faults[sparse]}
+    return times[dense], times[sparse], more
 
 
 def peak_of(name, batch, sparsity, tile, with_update):

@@ -1,6 +1,6 @@
 """Is it worth it? Accuracy of condensed sparse training beside dense, by steps and by time.
 
-    export KERAS_BACKEND=jax
+    export KERAS_BACKEND=jax GLIBC_TUNABLES=glibc.malloc.hugetlb=1      # docs/faster.md says why
     python examples/papers/training_time.py --time              # a quiet machine: half an hour
     python examples/papers/training_time.py --jobs 2            # hours on two CPU cores
     python examples/papers/training_time.py --only "^text 0.9"  # one table
