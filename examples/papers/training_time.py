@@ -481,7 +481,7 @@ def picture(record, path, sparsity=0.9):
             axis.plot(seconds, accuracy, color=color, label=label, marker="o", markersize=3)
         axis.set(xlabel="seconds of training", ylabel="test accuracy (%)", title=f"{task}, 90 %")
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, loc="lower right")
+        axis.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
