@@ -213,14 +213,9 @@ class Condensed:
 
     def _places(self, pattern):
         """The row of `_by_tile` that has a tile: int32 (groups, all tiles), −1 for none."""
-        rows = np.arange(self.groups * self.tiles, dtype="int32")
-        if masks.on_host(pattern):
-            places = np.full(self.groups * self.num_tiles, -1, "int32")
-            places[(pattern + self._first(self.num_tiles, pattern)).ravel()] = rows
-            return places.reshape(self.groups, self.num_tiles)
-        where = ops.stack([ops.convert_to_tensor(self._group), ops.reshape(pattern, (-1,))], axis=1)
-        rows = ops.convert_to_tensor(rows + 1)
-        return ops.scatter(where, rows, (self.groups, self.num_tiles)) - 1
+        numbers = np.arange(1, self.groups * self.tiles + 1, dtype="int32")
+        shape = self.groups, self.num_tiles
+        return _scattered(masks.beside(numbers, pattern), self._group, pattern, shape) - 1
 
     def _routes(self, old, new):
         """For each new tile the row of `_by_tile` that it had, and whether it had one.
@@ -237,28 +232,16 @@ class Condensed:
             self._last = old, new, found
         return found
 
-    def _first(self, size, array):
-        """The first row of each group, where a group has so many: int32 (groups, 1)."""
-        rows = np.arange(self.groups, dtype="int32")[:, None] * np.int32(size)
-        return masks.beside(rows, array)
-
     def _units_with(self, numbers, pattern):
         """An array of units that has a number at each active tile, (groups, tiles), 0 elsewhere."""
-        shape = self.num_tiles, self.groups
-        if masks.on_host(pattern):
-            units = np.zeros(shape, numbers.dtype)
-            units[pattern.ravel(), self._group] = numbers.ravel()
-            return units[None]
-        where = ops.stack([ops.reshape(pattern, (-1,)), ops.convert_to_tensor(self._group)], axis=1)
-        return ops.scatter(where, ops.reshape(numbers, (-1,)), shape)[None]
+        return _scattered(numbers, pattern, self._group, (self.num_tiles, self.groups))[None]
 
     # ------------------------------------------------------------------ patterns
 
     def active(self, pattern):
         """Which units are active: bool array of units."""
-        if masks.on_host(pattern):
-            return self._units_with(np.ones(pattern.shape, bool), pattern)
-        return self._units_with(ops.ones(pattern.shape, "int32"), pattern) > 0
+        ones = masks.xp_of(pattern).ones(pattern.shape, "int32")
+        return self._units_with(ones, pattern) > 0
 
     def mask(self, pattern):
         return self._units.write(self.active(pattern))
@@ -352,8 +335,9 @@ class Condensed:
         shape = self.windows, self.num_tiles, self.tile_inputs, self.groups, self.width
         tiles = xp.transpose(xp.reshape(matrix, shape), (3, 1, 0, 2, 4))
         tiles = xp.reshape(tiles, (self.groups * self.num_tiles, -1))
-        first = self._first(self.num_tiles, pattern)
-        return self._values_of(xp.take(tiles, xp.reshape(pattern + first, (-1,)), axis=0))
+        first = np.arange(self.groups, dtype="int32")[:, None] * np.int32(self.num_tiles)
+        rows = xp.reshape(pattern + masks.beside(first, pattern), (-1,))
+        return self._values_of(xp.take(tiles, rows, axis=0))
 
     def held(self, pattern):
         if not self.padding:
@@ -410,6 +394,18 @@ class Condensed:
 def _beside(values, pattern):
     """Values as NumPy's array where the pattern is one."""
     return host(values) if masks.on_host(pattern) else values
+
+
+def _scattered(numbers, rows, columns, shape):
+    """A matrix of zeros with numbers at rows and columns; of these arrays the order counts."""
+    if masks.on_host(numbers):
+        matrix = np.zeros(shape, numbers.dtype)
+        matrix[rows.ravel(), columns.ravel()] = numbers.ravel()
+        return matrix
+    rows, columns, numbers = (
+        ops.reshape(ops.convert_to_tensor(array), (-1,)) for array in (rows, columns, numbers)
+    )
+    return ops.scatter(ops.stack([rows, columns], axis=1), numbers, shape)
 
 
 def _sum_of_ints(values):
